@@ -1,0 +1,204 @@
+"""What a run is told: frozen dataclasses, a documented line per field.
+
+A config file is a Python file that exports `config: TrainConfig`; command-line flags are generated from the same
+dataclasses (`--learner.learning-rate 1e-6`). Fields left at their default never change a run's meaning silently:
+`check` refuses a field that the chosen algorithm does not read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    dir: str = "runs/rloo"
+    """The run's folder. A folder that is not empty is refused unless `resume` is set."""
+    seed: int = 0
+    """Seeds the prompt order, the sampler and whatever is initialised at random."""
+    steps: int = 0
+    """Optimisation steps (one rollout batch each); 0 means as many as `data.epochs` passes over the prompts give."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint in `dir`, or start if there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""
+    """A Hugging Face folder; empty means the tiny Qwen2.5-VL that ships with the package."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of matrix products: auto is bfloat16 on accelerators and float32 on CPUs. Master weights are float32."""
+    freeze_vision: bool = False
+    """Do not train the vision tower (its merger included)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str = ""
+    """JSON, JSONL or parquet of prompts; empty means the generated pictures of coloured shapes."""
+    message_key: str = "message"
+    """The key of the messages: a list, or the same list as a string."""
+    answer_key: str = "answer"
+    """The key of the gold answer."""
+    epochs: int = 1
+    """Passes over the prompts when `run.steps` is 0."""
+    shuffle: bool = True
+    """Draw the prompts of an epoch in a random order (of `run.seed` and the epoch)."""
+    min_pixels: int = 3136
+    """Pictures with fewer pixels are enlarged to this number."""
+    max_pixels: int = 1_003_520
+    """Pictures with more pixels are reduced to this number (1,280 picture tokens)."""
+    max_prompt_tokens: int = 4096
+    """Longer prompts, picture tokens included, are skipped and counted."""
+    allow_http: bool = False
+    """Fetch pictures from http(s) addresses."""
+    picture_root: str = ""
+    """When set, pictures may only be read from below this folder."""
+    workers: int = 2
+    """Threads that read and resize pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    prompts: int = 128
+    """Prompts per step."""
+    completions: int = 8
+    """Completions per prompt: the group."""
+    max_new_tokens: int = 1024
+    """A completion is cut at this many tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the learner's log-probs are of the same distribution."""
+    gap_warn: float = 0.02
+    """Warn when the mean gap between the learner's and the sampler's log-probs is above this."""
+    gap_stop: float = 0.2
+    """Stop when it is above this for 3 steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardsConfig:
+    variant: Literal["default", "lmm-r1"] = "default"
+    """`default` grades the answer block only; `lmm-r1` reproduces LMM-R1's rules, flaws included."""
+    accuracy_weight: float = 1.0
+    """Reward of a right answer."""
+    format_weight: float = 0.5
+    """Reward of the right form."""
+    timeout: float = 5.0
+    """Seconds a verifier may take for one completion before it is killed and the completion earns 0."""
+    workers: int = 2
+    """Verifier processes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AlgorithmConfig:
+    name: Literal["rloo", "rloo_lmm_r1"] = "rloo"
+    """`rloo` as published; `rloo_lmm_r1` clips the shaped reward and normalises over all tokens, as LMM-R1 does."""
+    clip: float = 0.2
+    """PPO's clip range of the probability ratio."""
+    kl_coefficient: float = 0.0
+    """Weight of the KL to the starting policy; 0 keeps no reference model in memory."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Schulman's estimators of the KL per token."""
+    kl_placement: Literal["reward", "loss"] = "reward"
+    """Subtract the KL from the token rewards, or add it to the loss."""
+    reward_clip: float = 10.0
+    """`rloo_lmm_r1` clips a completion's shaped reward to plus and minus this."""
+    normalize_std: bool = True
+    """`rloo_lmm_r1`: divide by the standard deviation as well as subtracting the mean."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    warmup_ratio: float = 0.03
+    """Share of all optimizer updates over which the learning rate rises from 0."""
+    min_learning_rate_ratio: float = 0.1
+    """The cosine ends at this share of the peak."""
+    adam_b1: float = 0.9
+    """Adam's decay of the first moment."""
+    adam_b2: float = 0.95
+    """Adam's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    minibatches: int = 1
+    """Optimizer updates per pass; groups are dealt to them whole."""
+    share_prompts: bool = True
+    """A group's prompt stands once in a row and its completions attend to it; else each carries a copy."""
+    pack: bool = True
+    """Several segments a row; else one prompt with its completions (or one completion) a row."""
+    row_length: int = 0
+    """Tokens in a row; 0 chooses from the longest prompt and the completion limit."""
+    rows: int = 0
+    """Rows in a micro-batch (a multiple of the devices that split them); 0 chooses."""
+    picture_rows: int = 0
+    """Vision rows in a micro-batch; 0 chooses."""
+    remat: Literal["none", "attention", "full"] = "attention"
+    """What the backward pass recomputes: nothing, attention's inner products, or whole layers."""
+    logprob_chunk: int = 1024
+    """Completion tokens whose logits over the vocabulary exist at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1
+    """Devices over which rows are split, weights copied."""
+    fsdp: int = -1
+    """Devices over which rows and weights are split; -1 takes all that the other axes leave."""
+    tensor: int = 1
+    """Devices over which heads and the feed-forward width are split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    path: str = ""
+    """Held-out prompts; empty holds out the last min(256, 10 %) rows of the data."""
+    size: int = 0
+    """Prompts to evaluate; 0 means all held out."""
+    every: int = 0
+    """Evaluate every so many steps; 0 means only before the first and after the last."""
+    max_new_tokens: int = 0
+    """Length limit while evaluating; 0 means `rollout.max_new_tokens`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the best by evaluated accuracy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    tensorboard: bool = True
+    """Write event files to `tb/`."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+    wandb_project: str = "lmmr1_jax"
+    """The W&B project."""
+    samples: int = 4
+    """Prompts per step whose completions go to `samples.jsonl`."""
+    pictures_every: int = 20
+    """Steps between samples with pictures in TensorBoard."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    learner: LearnerConfig = LearnerConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

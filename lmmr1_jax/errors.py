@@ -1,0 +1,5 @@
+"""Errors that are the user's to mend: the command line prints their one line and exits with status 2."""
+
+
+class UserError(Exception):
+    """Wrong input; the message is one line that names the file, row or field and says what would be right."""
