@@ -113,7 +113,10 @@ def test_wrong_flags_are_one_line_that_names_them(argv, parts):
 @pytest.mark.parametrize(
     ("body", "parts"),
     [
-        ("config = TrainConfig(learner=LearnerConfig(learning_rat=1.0))", ["line 3", "learning_rat", "mean learning_rate"]),
+        (
+            "config = TrainConfig(learner=LearnerConfig(learning_rat=1.0))",
+            ["line 3", "learning_rat", "mean learning_rate"],
+        ),
         ("config = TrainConfig(learnr=1)", ["TrainConfig has no field 'learnr'", "learner"]),
         ("config = dataclasses.replace(TrainConfig(), zzz=1)", ["TrainConfig has no field 'zzz'", "rollout"]),
         ("config = TrainConfig(run=RunConfig(seed='1'))", ["config.run.seed is '1'", "an int"]),
