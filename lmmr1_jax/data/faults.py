@@ -1,0 +1,49 @@
+"""Why a row of the prompt set cannot be used: the reasons in `skipped.jsonl`, and the exceptions that carry them."""
+
+from __future__ import annotations
+
+BAD_JSON = "bad_json"
+NO_MESSAGE = "no_message"
+NO_ANSWER = "no_answer"
+UNPARSABLE_ANSWER = "unparsable_answer"
+SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
+MISSING_PICTURE = "missing_picture"
+BROKEN_PICTURE = "broken_picture"
+EXTREME_PICTURE = "extreme_picture"
+FORBIDDEN_PATH = "forbidden_path"
+PROMPT_TOO_LONG = "prompt_too_long"
+PICTURE_IN_TEXT_MODEL = "picture_in_text_model"
+
+REASONS = (
+    BAD_JSON,
+    NO_MESSAGE,
+    NO_ANSWER,
+    UNPARSABLE_ANSWER,
+    SPECIAL_TOKEN_IN_TEXT,
+    MISSING_PICTURE,
+    BROKEN_PICTURE,
+    EXTREME_PICTURE,
+    FORBIDDEN_PATH,
+    PROMPT_TOO_LONG,
+    PICTURE_IN_TEXT_MODEL,
+)
+
+
+class SkipPrompt(Exception):
+    """A row that cannot be used: it is skipped, counted and written down, and never ends a run.
+
+    Attributes:
+      reason: one of `REASONS`.
+      detail: one line for the person who will mend the row.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason {reason!r}")
+        self.reason = reason
+        self.detail = " ".join(detail.split())
+        super().__init__(f"{reason}: {self.detail}")
+
+
+class PictureFault(SkipPrompt):
+    """A picture that cannot be had or cannot be used; its prompt is skipped."""

@@ -1,0 +1,253 @@
+"""Prompt files (JSON, JSONL, parquet) as a list of whole prompts, and the cursor that walks over them.
+
+What is wrong with a row's text is found here, when the file is read; what is wrong with a picture is found when the
+processor fetches it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmmr1_jax.data.faults import BAD_JSON, NO_ANSWER, NO_MESSAGE, UNPARSABLE_ANSWER, SkipPrompt
+from lmmr1_jax.data.messages import parse_answer, parse_messages, refuse_special_tokens
+from lmmr1_jax.data.skips import SkipLog
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.types import Prompt
+
+HOLDOUT_ROWS, HOLDOUT_SHARE = 256, 10  # the last min(256, 10 %) rows
+
+
+def read_prompts(
+    path: str | Path,
+    *,
+    message_key: str = "message",
+    answer_key: str = "answer",
+    need_answer: bool = True,
+    is_parsable: Callable[[str], bool] | None = None,
+    special_tokens: Sequence[str] = (),
+    skips: SkipLog,
+) -> list[Prompt]:
+    """Reads a prompt file; rows that cannot be used go to `skips`.
+
+    Args:
+      path: a .json (list of objects), .jsonl or .parquet file.
+      message_key: the row's key of the messages.
+      answer_key: the row's key of the gold answer.
+      need_answer: skip rows without an answer.
+      is_parsable: whether the verifier can read a gold answer; rows whose answer it cannot read are skipped.
+      special_tokens: strings that no text may hold (`Processor.special_tokens`).
+      skips: where skipped rows are counted.
+
+    Raises:
+      UserError: the file cannot be read, or no row of it can be used.
+    """
+    path = Path(path)
+    rows = read_rows(path)
+    prompts = prompts_from_rows(
+        rows,
+        file=str(path),
+        message_key=message_key,
+        answer_key=answer_key,
+        need_answer=need_answer,
+        is_parsable=is_parsable,
+        special_tokens=special_tokens,
+        skips=skips,
+    )
+    if not prompts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skips.counts.items()) or "it has no rows"
+        raise UserError(f"{path}: no row can be used ({reasons})")
+    return prompts
+
+
+def prompts_from_rows(
+    rows: Iterable[tuple[int, dict[str, Any] | SkipPrompt]],
+    *,
+    file: str,
+    message_key: str = "message",
+    answer_key: str = "answer",
+    need_answer: bool = True,
+    is_parsable: Callable[[str], bool] | None = None,
+    special_tokens: Sequence[str] = (),
+    skips: SkipLog,
+) -> list[Prompt]:
+    """Prompts of numbered rows, wherever they come from (`enumerate(...)` of objects made in memory, or `read_rows`).
+
+    Args as for `read_prompts`; `file` names the source and gives relative picture paths their folder.
+    """
+    prompts: list[Prompt] = []
+    names: set[str] = set()
+    parsable: dict[str, bool] = {}  # few different answers, many rows: a verifier's parse is slow
+    for number, row in rows:
+        try:
+            if isinstance(row, SkipPrompt):
+                raise row
+            prompt = prompt_from_row(
+                row, number, file=file, message_key=message_key, answer_key=answer_key, special_tokens=special_tokens
+            )
+            if need_answer and prompt.label is None:
+                raise SkipPrompt(NO_ANSWER, f"the row has no {answer_key!r}")
+            if need_answer and is_parsable is not None:
+                if prompt.label not in parsable:
+                    parsable[prompt.label] = is_parsable(prompt.label)
+                if not parsable[prompt.label]:
+                    raise SkipPrompt(UNPARSABLE_ANSWER, f"the verifier cannot read the answer {prompt.label[:200]!r}")
+        except SkipPrompt as fault:
+            skips.add(file, number, fault.reason, fault.detail)
+            continue
+        if prompt.prompt_id in names:  # groups are named by it
+            prompt = Prompt(**{**vars(prompt), "prompt_id": f"{prompt.prompt_id}#{number}"})
+        names.add(prompt.prompt_id)
+        prompts.append(prompt)
+    return prompts
+
+
+def prompt_from_row(
+    row: dict[str, Any],
+    number: int,
+    *,
+    file: str,
+    message_key: str = "message",
+    answer_key: str = "answer",
+    special_tokens: Sequence[str] = (),
+) -> Prompt:
+    """The prompt that a row holds; its label is None where the row has no answer.
+
+    Raises:
+      SkipPrompt: the row's messages or answer cannot be used.
+    """
+    if row.get(message_key) is None:
+        raise SkipPrompt(NO_MESSAGE, f"the row has no {message_key!r}")
+    messages = parse_messages(row[message_key])
+    refuse_special_tokens(messages, special_tokens)
+    source, name = row.get("data_source"), row.get("id")
+    return Prompt(
+        messages=messages,
+        label=parse_answer(row.get(answer_key)),
+        prompt_id=str(number if name is None else name),
+        data_source=str(source) if source else Path(file).stem,
+        file=file,
+        row=number,
+    )
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any] | SkipPrompt]]:
+    """Numbered rows of a prompt file; a row that is no JSON object comes as the fault it is.
+
+    Rows of JSONL are lines, counted from 0; blank lines are counted but not given.
+
+    Raises:
+      UserError: the file is missing, of another kind, or broken as a whole.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such prompt file")
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: prompt files end in {', '.join(sorted(readers))}")
+    try:
+        for number, row in reader(path):
+            if not isinstance(row, dict | SkipPrompt):
+                row = SkipPrompt(BAD_JSON, f"a row must be an object, not {type(row).__name__}")
+            yield number, row
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+                yield number, SkipPrompt(BAD_JSON, f"the line is not JSON: {error}")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: must hold a list of rows, not {type(rows).__name__}")
+    yield from enumerate(rows)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: parquet needs pyarrow: pip install 'lmmr1-jax[data]'") from None
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not parquet: {' '.join(str(error).split())}") from None
+
+
+def split_holdout(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and the last min(256, 10 %) of them, held out for evaluation."""
+    held_out = min(HOLDOUT_ROWS, len(prompts) // HOLDOUT_SHARE)
+    cut = len(prompts) - held_out
+    return list(prompts[:cut]), list(prompts[cut:])
+
+
+class PromptCursor:
+    """Walks over a prompt set for ever, epoch by epoch; where it stands is two numbers.
+
+    The order of an epoch is a function of the seed and the epoch's number alone.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool = True):
+        if not prompts:
+            raise UserError("there are no prompts to draw from")
+        self.prompts = prompts
+        self._seed, self._shuffle = seed, shuffle
+        self._epoch, self._index = 0, 0
+        self._order = self._epoch_order(0)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def next(self) -> Prompt:
+        """The next prompt; after an epoch's last comes the next epoch's first."""
+        if self._index == len(self.prompts):
+            self._epoch, self._index = self._epoch + 1, 0
+            self._order = self._epoch_order(self._epoch)
+        self._index += 1
+        return self.prompts[self._order[self._index - 1]]
+
+    def state(self) -> dict[str, int]:
+        """Where the cursor stands, for a checkpoint."""
+        return {"epoch": self._epoch, "index": self._index, "prompts": len(self.prompts)}
+
+    def restore(self, state: dict[str, int]) -> None:
+        """Back to where `state` was taken.
+
+        Raises:
+          UserError: the prompt set has another size than it had then.
+        """
+        if state["prompts"] != len(self.prompts):
+            raise UserError(
+                f"the prompt set has {len(self.prompts)} usable rows but had {state['prompts']} when the checkpoint "
+                "was written: resume with the same data"
+            )
+        self._epoch, self._index = int(state["epoch"]), int(state["index"])
+        self._order = self._epoch_order(self._epoch)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if not self._shuffle:
+            return np.arange(len(self.prompts))
+        seeds = np.random.SeedSequence([self._seed % 2**64, epoch])
+        return np.random.Generator(np.random.Philox(seeds)).permutation(len(self.prompts))
