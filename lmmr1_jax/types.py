@@ -46,10 +46,12 @@ class Picture:
     Attributes:
       pixels: uint8 `[height, width, 3]`, RGB, both sides multiples of patch_size * spatial_merge_size.
       grid_thw: patches in time, height and width.
+      animated: whether the file held more frames than the first, which is all that is used.
     """
 
     pixels: np.ndarray
     grid_thw: tuple[int, int, int]
+    animated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

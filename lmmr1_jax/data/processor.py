@@ -1,0 +1,225 @@
+"""The only place where text becomes tokens and pictures become patches, for both samplers and the learner.
+
+    processor = Processor(folder, max_pixels=1_003_520)
+    encoded = processor.encode(prompt)              # tokens, positions, pictures
+    patches = processor.patches(encoded.pictures[0])    # float32 [n, 1176]
+
+Everything comes from the model's folder: tokenizer, chat template, normalisation, end tokens. Code in the folder is
+never run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from lmmr1_jax.data.faults import NO_MESSAGE, PICTURE_IN_TEXT_MODEL, PROMPT_TOO_LONG, SkipPrompt
+from lmmr1_jax.data.fetch import FetchPolicy
+from lmmr1_jax.data.messages import Message, picture_references, refuse_special_tokens
+from lmmr1_jax.data.pictures import PictureFormat, load_picture, patchify
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.models.config import ModelConfig, read_config
+from lmmr1_jax.models.positions import prompt_positions
+from lmmr1_jax.types import EncodedPrompt, Picture, Prompt
+
+BANNED_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+class Processor:
+    """Encodes prompts for one model. Safe to use from several threads.
+
+    Attributes:
+      config: the model's.
+      tokenizer: transformers' tokenizer of the folder.
+      banned_ids: ids that are never sampled, ascending.
+      end_ids: ids that end a completion.
+      special_tokens: strings that no prompt's text may hold.
+      format: how pictures are sized and normalised; None for a model without vision.
+    """
+
+    def __init__(
+        self,
+        model_folder: str | Path,
+        *,
+        min_pixels: int = 3136,
+        max_pixels: int = 1_003_520,
+        max_prompt_tokens: int = 4096,
+        allow_http: bool = False,
+        picture_root: str | Path | None = None,
+    ):
+        """Reads the folder. An empty `picture_root` means that pictures may be read from anywhere.
+
+        Raises:
+          UserError: a file of the folder is missing or broken, or a limit makes no sense.
+        """
+        folder = Path(model_folder)
+        self.config: ModelConfig = read_config(folder)
+        self.tokenizer = _read_tokenizer(folder)
+        self._template = _read_chat_template(folder, self.tokenizer)
+        self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
+        self.max_prompt_tokens = max_prompt_tokens
+        vocabulary = self.tokenizer.get_vocab()
+        self.banned_ids = tuple(sorted(vocabulary[token] for token in BANNED_TOKENS if token in vocabulary))
+        self.end_ids = _read_end_ids(folder, self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.special_tokens = tuple(sorted({*BANNED_TOKENS, *(token.content for token in added if token.special)}))
+        self._image_id = self.config.image_token_id
+        self.format = None
+        if self.config.vision is not None:
+            if vocabulary.get("<|image_pad|>") != self._image_id:
+                raise UserError(f"{folder}: the tokenizer's <|image_pad|> is not the config's image_token_id")
+            self.format = _read_picture_format(folder, self.config, min_pixels, max_pixels)
+        root = Path(picture_root) if picture_root else None
+        if root is not None and not root.is_dir():
+            raise UserError(f"data.picture_root: {root} is not a folder")
+        self._policy = FetchPolicy(root=root, allow_http=allow_http)
+        # PIL warns about pictures of more than 89 million pixels; they are refused from 64 million on.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """The prompt as the models see it, its pictures fetched.
+
+        Raises:
+          SkipPrompt: it cannot be used; a `PictureFault` where a picture is the cause.
+        """
+        refuse_special_tokens(prompt.messages, self.special_tokens)
+        references = picture_references(prompt.messages)
+        if references and self.format is None:
+            raise SkipPrompt(PICTURE_IN_TEXT_MODEL, f"the model ({self.config.model_type}) takes no pictures")
+        ids = self._template_ids(prompt.messages)
+        at = np.flatnonzero(ids == self._image_id) if references else np.zeros(0, np.int64)
+        if len(at) != len(references):
+            raise UserError(f"the chat template gives {len(at)} places for {len(references)} pictures")
+        self._refuse_length(len(ids))  # before any picture is fetched
+        base = Path(prompt.file).parent
+        pictures = tuple(load_picture(reference, base, self._policy, self.format) for reference in references)
+        merged = [int(np.prod(p.grid_thw)) // self.format.merge_size**2 for p in pictures]
+        self._refuse_length(len(ids) + sum(merged) - len(merged))
+        repeats = np.ones(len(ids), np.int64)
+        repeats[at] = merged
+        ids = np.repeat(ids, repeats).astype(np.int32)
+        positions, next_position = prompt_positions(ids, [p.grid_thw for p in pictures], self.config)
+        slots = np.flatnonzero(ids == self._image_id) if references else np.zeros(0, np.int64)
+        return EncodedPrompt(
+            prompt=prompt,
+            token_ids=ids,
+            positions=positions.astype(np.int32),
+            pictures=pictures,
+            picture_slots=slots.astype(np.int32),
+            next_position=int(next_position),
+        )
+
+    def patches(self, picture: Picture) -> Float[np.ndarray, "patches values"]:
+        """The picture's normalised patches, float32 `[n, 1176]`, in Hugging Face's order."""
+        return patchify(picture.pixels, self.format)
+
+    def encode_text(self, text: str) -> Int[np.ndarray, " tokens"]:
+        """Token ids of a text as it stands, int32, nothing added."""
+        with self._lock:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return np.asarray(ids, np.int32)
+
+    def decode(self, token_ids: Sequence[int] | Int[np.ndarray, " tokens"]) -> str:
+        """The text of a completion, special tokens left out."""
+        with self._lock:
+            return self.tokenizer.decode(
+                [int(i) for i in token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+
+    def _template_ids(self, messages: Sequence[Message]) -> Int[np.ndarray, " tokens"]:
+        with self._lock:
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template may refuse roles or their order; it is a program of its own
+                raise SkipPrompt(NO_MESSAGE, f"the chat template refuses the messages: {error}") from None
+        return self.encode_text(text).astype(np.int64)
+
+    def _refuse_length(self, tokens: int) -> None:
+        if tokens > self.max_prompt_tokens:
+            raise SkipPrompt(PROMPT_TOO_LONG, f"{tokens} tokens, the limit is {self.max_prompt_tokens}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(f"{folder}: no tokenizer.json; give the folder of a whole Hugging Face checkpoint")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the loaders raise their own, Rust's and JSON's errors
+        raise UserError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _read_chat_template(folder: Path, tokenizer: Any) -> str:
+    """The processor's own template where there is one, as transformers prefers it, else the tokenizer's."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = _read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str) or not template:
+        raise UserError(f"{folder}: the model has no chat template (chat_template.jinja or in tokenizer_config.json)")
+    return template
+
+
+def _read_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """`eos_token_id` of generation_config.json, else of config.json, else the tokenizer's."""
+    config = _read_json(folder / "config.json")
+    for found in (
+        _read_json(folder / "generation_config.json").get("eos_token_id"),
+        config.get("eos_token_id"),
+        (config.get("text_config") or {}).get("eos_token_id"),
+        tokenizer.eos_token_id,
+    ):
+        if found is not None and found != []:
+            return tuple(dict.fromkeys(int(i) for i in (found if isinstance(found, list) else [found])))
+    raise UserError(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
+
+
+def _read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> PictureFormat:
+    """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller."""
+    raw = _read_json(folder / "preprocessor_config.json")
+    raw = raw or _read_json(folder / "processor_config.json").get("image_processor") or {}
+    defaults, vision = PictureFormat(), config.vision
+    form = PictureFormat(
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        patch_size=vision.patch_size,
+        temporal_patch_size=vision.temporal_patch_size,
+        merge_size=vision.spatial_merge_size,
+        mean=tuple(raw.get("image_mean", defaults.mean)),
+        std=tuple(raw.get("image_std", defaults.std)),
+        rescale=raw.get("rescale_factor", defaults.rescale),
+    )
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        if raw.get(name, getattr(form, name)) != getattr(form, name):
+            raise UserError(f"{folder}: preprocessor_config.json has another {name} than config.json")
+    if not form.factor**2 <= max_pixels:
+        raise UserError(f"data.max_pixels {max_pixels} must be at least {form.factor**2}, one picture token")
+    if not 0 <= min_pixels <= max_pixels:
+        raise UserError(f"data.min_pixels {min_pixels} must be between 0 and data.max_pixels {max_pixels}")
+    return form
