@@ -56,7 +56,9 @@ class TensorBoardSink:
 
         # Steps of an earlier life of the run that were lost with it are hidden from `purge_step` on.
         purge_step = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step, flush_secs=10)
+        # The suffix keeps two lives that start within a second in two files, which are read in the order of their names.
+        suffix = f".from-{resume_step or 0:08}"
+        self._writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
         self._pictures_every = pictures_every
 
     def step(self, step: int, record: Record) -> None:
