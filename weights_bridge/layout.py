@@ -194,6 +194,19 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def read_layout(folder: str | Path) -> tuple[Entry, ...]:
+    """The table for the model in a Hugging Face folder.
+
+    Raises:
+      CheckpointError: as `read_model_config` and `layout`; the message names the folder.
+    """
+    config = read_model_config(folder)
+    try:
+        return layout(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
 def _text_entries(text: Mapping[str, Any], *, tied: bool) -> Iterator[Entry]:
     width, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
     feed, vocab = _size(text, "intermediate_size"), _size(text, "vocab_size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from weights_bridge.errors import CheckpointError
+from weights_bridge.host_memory import aligned_empty, copy_blocks
 from weights_bridge.layout import (
     EMBEDDING_NAME,
     HEAD_NAME,
@@ -22,10 +22,9 @@ from weights_bridge.layout import (
     LeafPath,
     canonical_name,
     is_ignored,
-    layout,
     leaves,
     nest,
-    read_model_config,
+    read_layout,
 )
 from weights_bridge.safetensors_file import StoredTensor, read_header
 
@@ -34,8 +33,6 @@ ShardingOf = Callable[[LeafPath, tuple[int, ...], Axes], Sharding]
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _NAMES_SHOWN = 20
-_ROWS_COPIED = 64  # a block that stays in cache: a transposed copy in one go is five times slower
-_ALIGNMENT = 64  # what XLA wants; a CPU device then takes the array as it is, without a second copy
 
 
 def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any = np.float32) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any =
       CheckpointError: when a file is missing or cut short, or tensors are missing, unexpected or mis-shaped.
     """
     folder = Path(folder)
-    entries = layout(read_model_config(folder))
+    entries = read_layout(folder)
     stored = {canonical_name(name): tensor for name, tensor in read_stored(folder).items()}
     if sharding_of is None:
         single = SingleDeviceSharding(jax.local_devices()[0])
@@ -78,7 +75,7 @@ def read_stored(folder: str | Path) -> dict[str, StoredTensor]:
       CheckpointError: as `load`.
     """
     folder = Path(folder)
-    config = read_model_config(folder)
+    entries = read_layout(folder)
     stored = {}
     for file in _files(folder):
         for name, tensor in read_header(file).items():
@@ -86,7 +83,7 @@ def read_stored(folder: str | Path) -> dict[str, StoredTensor]:
                 raise CheckpointError(f"{folder}: {name} is in both {stored[name].file.name} and {file.name}")
             if not is_ignored(name):
                 stored[name] = tensor
-    _check(folder, layout(config), stored)
+    _check(folder, entries, stored)
     return stored
 
 
@@ -157,31 +154,15 @@ def _read_leaf(leaf: Leaf, stored: dict[str, StoredTensor], sharding: Sharding, 
 
 
 def _read_part(leaf: Leaf, stored: dict[str, StoredTensor], bounds: tuple, dtype: np.dtype) -> np.ndarray:
-    target = _aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
+    target = aligned_empty(tuple(stop - start for start, stop in bounds), dtype)
     index = tuple(slice(start, stop) for start, stop in bounds)
     if leaf.entries[0].layer is None:
         (entry,) = leaf.entries
-        _copy(target, entry.transform.to_leaf(stored[entry.hf_name].read())[index])
+        copy_blocks(target, entry.transform.to_leaf(stored[entry.hf_name].read())[index])
         return target
     for place, entry in enumerate(leaf.entries[index[0]]):
-        _copy(target[place], entry.transform.to_leaf(stored[entry.hf_name].read())[index[1:]])
+        copy_blocks(target[place], entry.transform.to_leaf(stored[entry.hf_name].read())[index[1:]])
     return target
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, in blocks along the axis that the source stores outermost."""
-    axis = int(np.argmax(np.abs(source.strides)))
-    to, origin = np.moveaxis(target, axis, 0), np.moveaxis(source, axis, 0)
-    rows = _ROWS_COPIED if source.ndim > 1 else 1 << 20
-    for start in range(0, len(origin), rows):
-        to[start : start + rows] = origin[start : start + rows].astype(target.dtype, copy=False)
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _equal_bits(a: StoredTensor, b: StoredTensor) -> bool:
