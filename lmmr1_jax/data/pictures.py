@@ -23,7 +23,7 @@ MAX_DECODED_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200
 # PIL also opens formats that start other programs (EPS); these are the ones that pictures on the web and in data
 # sets come in.
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,8 @@ def decode_picture(file: io.IOBase, name: str) -> tuple[Image.Image, bool]:
         _refuse_extremes(image, name)
         image.load()
         rgb = to_rgb(image)
-        return rgb, bool(getattr(image, "is_animated", False))
+        # The further pictures of a camera's MPO file are previews and depth maps, no frames.
+        return rgb, image.format != "MPO" and bool(getattr(image, "is_animated", False))
     except PictureFault:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
