@@ -54,9 +54,9 @@ class TensorBoardSink:
     def __init__(self, folder: Path, resume_step: int | None, pictures_every: int):
         from tensorboardX import SummaryWriter  # slow to import, and not needed with tracking.tensorboard off
 
-        # Steps of an earlier life of the run that were lost with it are hidden from `purge_step` on.
-        purge_step = None if resume_step is None else resume_step + 1
-        # The suffix keeps two lives that start within a second in two files, which are read in the order of their names.
+        # What an earlier life of the run wrote from `purge_step` on is lost and hidden.
+        purge_step = 0 if resume_step is None else resume_step + 1
+        # The suffix gives two lives that start within a second two files, which are read in the order of their names.
         suffix = f".from-{resume_step or 0:08}"
         self._writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
         self._pictures_every = pictures_every

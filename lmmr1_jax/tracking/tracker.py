@@ -20,6 +20,7 @@ import numpy as np
 
 from lmmr1_jax.compilation import CompilationCounter
 from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.errors import UserError
 from lmmr1_jax.run_folder import write_json
 from lmmr1_jax.tracking.console import ProgressDisplay
 from lmmr1_jax.tracking.rollout_metrics import rollout_metrics
@@ -35,7 +36,8 @@ PHASES = ("rollout", "score", "learn", "sync")
 class Tracker:
     """Keeps a run's figures: the step files, TensorBoard, W&B, the console and `summary.json`.
 
-    A sink that fails (a full disk, a lost connection) costs a warning the first time and a count, never the run.
+    A sink that fails (a full disk, a lost connection) costs a warning the first time and a count, never the run. Used
+    as a context manager it closes itself, which gives the terminal its cursor back whatever happened.
 
     Attributes:
       evaluations: every evaluation of the run by its step, those before a resume included.
@@ -171,6 +173,12 @@ class Tracker:
             self._tell("close")
             self._compilations.close()
 
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _count_seconds(self, record: Mapping[str, Any]) -> None:
         for phase in PHASES:
             self._seconds[phase] += record.get(f"time/{phase}") or 0.0
@@ -178,14 +186,16 @@ class Tracker:
     def _add(self, make: Callable[[], Any]) -> None:
         try:
             self._sinks.append(make())
-        except (ImportError, OSError, RuntimeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # W&B without a network, a `tb` that is a file: no figure is worth a run
             self._failed("starting a sink", error)
 
     def _tell(self, what: str, *arguments: Any) -> None:
         for sink in self._sinks:
             try:
                 getattr(sink, what)(*arguments)
-            except Exception as error:  # no figure is worth a run
+            except Exception as error:
                 self._failed(type(sink).__name__, error)
 
     def _failed(self, name: str, error: Exception) -> None:

@@ -166,6 +166,14 @@ def test_a_failing_sink_costs_one_warning_and_a_count_but_never_the_run(tmp_path
     assert len(lines(tmp_path / "samples.jsonl")) == 2
 
 
+def test_a_sink_that_cannot_start_does_not_stop_the_run(tmp_path):
+    (tmp_path / "tb").write_text("a file where the event files should go")
+    with pytest.warns(UserWarning, match="starting a sink failed"):
+        with start(tmp_path, tensorboard=True) as tracker:
+            assert tracker.log(1, metrics(1))["tracking/failures"] == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
 def test_tensorboard_gets_scalars_texts_and_pictures_and_hides_lost_steps(tmp_path):
     tracker = start(tmp_path, tensorboard=True, pictures_every=2)
     for step in (1, 2, 3):
