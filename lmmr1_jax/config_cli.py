@@ -19,6 +19,7 @@ from typing import Any
 from lmmr1_jax import config as config_module
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.config_fields import checked, close_matches, describe_type, field_types
+from lmmr1_jax.config_ranges import check_ranges
 from lmmr1_jax.errors import UserError
 from weights_bridge.errors import CheckpointError
 
@@ -34,7 +35,7 @@ def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.tra
     """Reads `--config FILE` and the overrides that follow or precede it.
 
     Raises:
-      UserError: a missing or faulty file, an unknown flag or field, a value of the wrong type; one line.
+      UserError: a missing or faulty file, an unknown flag or field, a value of the wrong type or outside its range.
       SystemExit: with status 0 after `--help`, which shows every field with its line of documentation and the value
         that the file gives it.
     """
@@ -45,7 +46,9 @@ def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.tra
     base = load_config_file(files[-1]) if files else TrainConfig()
     if wants_help:
         _tyro(["--help"], base, prog, quiet=False)
-    return _override(base, [(flag, value) for flag, value in given if flag != "--config"], kinds, prog)
+    config = _override(base, [(flag, value) for flag, value in given if flag != "--config"], kinds, prog)
+    check_ranges(config)
+    return config
 
 
 def load_config_file(path: str | Path) -> TrainConfig:

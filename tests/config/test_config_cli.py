@@ -160,6 +160,25 @@ def test_optional_fields_and_tuples_are_checked_too():
         checked(Extra(1, (1,)), "config")
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--run.seed -1", "run.seed is -1; it must be at least 0"),
+        ("--rollout.temperature 0", "rollout.temperature is 0.0; it must be above 0"),
+        ("--rollout.temperature nan", "rollout.temperature is nan; it must be above 0"),
+        ("--rollout.prompts 0", "rollout.prompts is 0; it must be at least 1"),
+        ("--learner.warmup-ratio 3", "learner.warmup_ratio is 3.0; it must be from 0 to 1"),
+        ("--learner.adam-b2 1", "learner.adam_b2 is 1.0; it must be from 0 to below 1"),
+        (
+            "--rollout.prompts 4 --learner.minibatches 5",
+            "learner.minibatches is 5; it must be at most rollout.prompts, 4",
+        ),
+    ],
+)
+def test_values_that_no_run_can_use_are_one_line_that_names_the_field(argv, message):
+    assert message_of(argv.split()).startswith(message)
+
+
 def test_help_shows_every_field_with_its_line_and_the_files_value(tmp_path, capsys):
     path = write(tmp_path, "config = TrainConfig(run=RunConfig(seed=1234))")
     with pytest.raises(SystemExit) as caught:
