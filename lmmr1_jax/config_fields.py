@@ -85,15 +85,25 @@ def checked(config: Config, where: str) -> Config:
 
 
 def close_matches(word: str, known: typing.Iterable[str]) -> str:
-    """The end of an error message, "; did you mean A or B?", or an empty string when nothing known resembles `word`.
+    """The end of an error message about an unknown name: "; did you mean A or B?", or an empty string.
 
-    The right field in the wrong group, or in none, counts too: `--learning-rate` finds `--learner.learning-rate`.
+    The right field in the wrong group, or in none, counts first: `--learning-rate` finds `--learner.learning-rate`.
+    Names of the right group are compared without it, and listed when none of them comes close.
     """
     known = list(known)
-    found = [name for name in known if _last(name) == _last(word)]
-    found += [name for name in difflib.get_close_matches(word, known, n=3, cutoff=0.6) if name not in found]
-    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
+    group, _, last = word.removeprefix("--").rpartition(".")
+    found = [name for name in known if _split(name)[1] == last]
+    siblings = [name for name in known if group and _split(name)[0] == group]
+    by_last = {_split(name)[1]: name for name in siblings}
+    found += [by_last[name] for name in difflib.get_close_matches(last, by_last, n=3)]
+    if siblings and not found:
+        return f"; {group} has {', '.join(by_last)}"
+    if not siblings:
+        found += difflib.get_close_matches(word, known, n=3)
+    found = list(dict.fromkeys(found))[:3]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
-def _last(name: str) -> str:
-    return name.removeprefix("--").rpartition(".")[2]
+def _split(name: str) -> tuple[str, str]:
+    group, _, last = name.removeprefix("--").rpartition(".")
+    return group, last

@@ -91,6 +91,8 @@ def test_negative_numbers_empty_strings_and_equals_signs_are_values():
     [
         (["--learner.learning-rat", "1"], ["--learner.learning-rat", "--learner.learning-rate"]),
         (["--learning-rate", "1"], ["unknown flag --learning-rate", "--learner.learning-rate"]),
+        (["--learner.lr", "1"], ["unknown flag --learner.lr; learner has learning-rate, warmup-ratio"]),
+        (["--lerner.learning-rat", "1"], ["did you mean --learner.learning-rate"]),
         (["--zzz"], ["unknown flag --zzz", "--help"]),
         (["--learner.learning-rate", "fast"], ["--learner.learning-rate", "'fast'", "a float"]),
         (["--run.seed", "1", "--run.steps", "1.5"], ["--run.steps", "'1.5'", "an int"]),
