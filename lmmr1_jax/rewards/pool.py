@@ -84,9 +84,11 @@ class Verifier:
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
     def close(self) -> None:
-        """Ends all workers, busy or not. A second call does nothing."""
+        """Ends all workers, busy or not; a call that waits for them in another thread raises RuntimeError."""
+        self._closed = True
+        if self._warden is not None:
+            self._warden.close()  # before our turn: whoever has it may be waiting for a worker that hangs
         with self._turn:
-            self._closed = True
             for worker in self._workers:
                 worker.hang_up()
             if self._warden is not None:
@@ -114,7 +116,7 @@ class Verifier:
                 return self._run_in_turn(tasks)
             except BaseException:
                 for worker in self._workers:  # answers to these tasks must not be taken for answers to the next
-                    if worker.assigned:
+                    if worker.assigned and not self._closed:
                         worker.assigned.clear()
                         self._start(worker)
                 raise
@@ -184,6 +186,8 @@ class Verifier:
     def _start(self, worker: _Worker) -> None:
         """Start the worker in its slot, killing the one that was there."""
         for _ in range(2):
+            if self._closed:
+                raise RuntimeError("the verifier was closed while it worked")
             if self._warden is None:
                 self._warden = _Warden(self._memory_bytes)
             worker.hang_up()
