@@ -1,0 +1,161 @@
+"""The parts of a run, put together from its config: nothing here decides anything, it only connects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lmmr1_jax.compilation import enable_compilation_cache
+from lmmr1_jax.config import ModelConfig, TrainConfig
+from lmmr1_jax.data.feeder import PromptFeeder
+from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
+from lmmr1_jax.data.skips import SkipLog
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.learner.sharding import activation_constraint, head_units, make_mesh, sharding_of
+from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.models.network import Network, build
+from lmmr1_jax.rewards.pool import Verifier
+from lmmr1_jax.rollout.jax_sampler import JaxSampler
+from lmmr1_jax.tasks.shapes import shape_prompts
+from lmmr1_jax.types import Prompt
+from weights_bridge.layout import layout, logical_axes
+from weights_bridge.load import load
+
+TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
+SHAPES_TO_TRAIN_ON, SHAPES_HELD_OUT = 32_768, 1_024
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """The starting checkpoint: the config's, or the tiny one that ships with the package."""
+    return Path(config.path) if config.path else TINY_MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model on its devices, and all that works with it.
+
+    Attributes:
+      processor: text to tokens, pictures to patches.
+      network: the model without parameters.
+      mesh: the devices.
+      sampler: the built-in one; it has no weights yet.
+      source: the folder that the parameters come from.
+    """
+
+    processor: Processor
+    network: Network
+    mesh: Mesh
+    sampler: JaxSampler
+    source: Path
+
+    def load(self) -> dict[str, Any]:
+        """The checkpoint's parameters, float32, sharded over the mesh."""
+        return load(self.source, sharding_of(self.mesh, units=head_units(self.network.config)))
+
+    def axes(self) -> dict[str, Any]:
+        """Logical axes of every parameter."""
+        return logical_axes(layout(json.loads((self.source / "config.json").read_text(encoding="utf-8"))))
+
+
+def assemble_policy(config: TrainConfig) -> Policy:
+    """Reads the model's folder and builds what samples from it."""
+    enable_compilation_cache()
+    source, data = model_folder(config.model), config.data
+    processor = Processor(
+        source,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        max_prompt_tokens=data.max_prompt_tokens,
+        allow_http=data.allow_http,
+        picture_root=data.picture_root or None,
+    )
+    mesh = make_mesh(config.mesh)
+    network = build(
+        processor.config, compute_dtype(config.model), config.learner.remat, activation_constraint(mesh)
+    )
+    sampler = JaxSampler(
+        network,
+        banned_ids=processor.banned_ids,
+        end_ids=processor.end_ids,
+        patches_of=processor.patches,
+        mesh=mesh,
+    )
+    return Policy(processor, network, mesh, sampler, source)
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The dtype of matrix products."""
+    if config.compute_dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.compute_dtype)
+
+
+def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Learner:
+    """The learner of a policy."""
+    return Learner(
+        policy.network, config, policy.mesh, policy.axes(), total_updates, banned_ids=policy.processor.banned_ids
+    )
+
+
+def read_data(
+    config: TrainConfig, processor: Processor, verifier: Verifier, skips: SkipLog
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and prompts held out for evaluation.
+
+    A row whose gold answer the verifier can't read would teach nothing, or, as in LMM-R1, reward everything; only
+    `rewards.variant lmm-r1` keeps it.
+    """
+    if not config.data.path:
+        prompts = shape_prompts("train", SHAPES_TO_TRAIN_ON)
+        held_out = [] if config.eval.path else shape_prompts("heldout", SHAPES_HELD_OUT)
+    else:
+        prompts = _read(config.data.path, config, processor, verifier, skips)
+        if not config.eval.path:
+            prompts, held_out = split_holdout(prompts)
+    if config.eval.path:
+        held_out = _read(config.eval.path, config, processor, verifier, skips)
+    return prompts, held_out[: config.eval.size or None]
+
+
+def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifier, skips: SkipLog) -> list[Prompt]:
+    prompts = read_prompts(
+        path,
+        message_key=config.data.message_key,
+        answer_key=config.data.answer_key,
+        special_tokens=processor.special_tokens,
+        skips=skips,
+    )
+    if config.rewards.variant == "lmm-r1":
+        return prompts
+    kept = []
+    for prompt, parsable in zip(prompts, verifier.parsable([p.label for p in prompts]), strict=True):
+        if parsable:
+            kept.append(prompt)
+        else:
+            skips.add(prompt.file, prompt.row, "unparsable_answer", f"the verifier can't read {prompt.label!r}")
+    if not kept:
+        raise UserError(f"{path}: none of the {len(prompts)} answers can be parsed; is --data.answer-key right?")
+    return kept
+
+
+def build_feeder(config: TrainConfig, prompts: list[Prompt], processor: Processor, skips: SkipLog) -> PromptFeeder:
+    """The prompts to train on, in the run's order."""
+    cursor = PromptCursor(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+    return PromptFeeder(cursor, processor, skips, workers=config.data.workers)
+
+
+def count_steps(config: TrainConfig, prompts: int) -> int:
+    """Steps of the whole run."""
+    steps = config.run.steps or config.data.epochs * prompts // config.rollout.prompts
+    if steps < 1:
+        raise UserError(
+            f"{prompts} prompts give no step of rollout.prompts={config.rollout.prompts}: lower it or set run.steps"
+        )
+    return steps

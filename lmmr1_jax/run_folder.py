@@ -1,0 +1,37 @@
+"""A run's folder: refused when it holds something else, written so that a killed run can go on in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.errors import UserError
+
+
+def open_run_folder(config: TrainConfig) -> Path:
+    """Creates the run's folder and writes `config.json`, every field resolved.
+
+    Raises:
+      UserError: the folder is not empty and `run.resume` is not set, or it cannot be made.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--run.dir {folder}: {error.strerror or error}; name a folder that can be written") from error
+    if occupied and not config.run.resume:
+        raise UserError(f"--run.dir {folder} is not empty: choose another folder, or --resume to go on with that run")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    return folder
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,188 @@
+"""One step of a run in its four phases: sample, score, learn, and hand the new weights over.
+
+    groups = step.sample(feeder.take(P), done)      # what the policy writes
+    groups = step.score(groups)                     # what it earns
+    batches = step.prepare(groups, state.params)    # advantages, and the passes they need
+    state, metrics = step.update(state, batches)    # what it learns
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmmr1_jax.algorithms import registry
+from lmmr1_jax.assembly import Policy
+from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.data.packing import PackShapes, gather, grow, pack, plan_shapes, scatter
+from lmmr1_jax.learner.sharding import row_shards
+from lmmr1_jax.learner.state import TrainState
+from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.rollout.jax_sampler import sampling_key
+from lmmr1_jax.rollout.prompt_batch import PromptShapes
+from lmmr1_jax.types import EncodedPrompt, PackedBatch, Reward, Rollout
+
+Scorer = Callable[[Sequence[str], Sequence[str]], list[Reward]]
+
+
+class Step:
+    """The phases over the parts that they need.
+
+    Attributes:
+      shapes: of the packed batches; planned at the first rollout, part of the run's state from then on, because
+        padding can change the last bit of a sum.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        learner: Learner,
+        score_texts: Scorer,
+        *,
+        forced_length: bool = False,
+    ):
+        """
+        Args:
+          config: the run's.
+          policy: the model with its sampler.
+          learner: the model's learner.
+          score_texts: rewards of (completions as text, gold answers); `Verifier.score`.
+          forced_length: completions don't end before the limit (for benchmarks).
+        """
+        self.config, self.policy, self.learner = config, policy, learner
+        self.shapes: PackShapes | None = None
+        self._score_texts = score_texts
+        self._forced_length = forced_length
+        self._algorithm = registry.algorithm(config.algorithm.name)
+        self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
+
+    def sample(self, prompts: Sequence[EncodedPrompt], done: int) -> list[Rollout]:
+        """The groups that the sampler's weights write for `prompts`; `done` steps lie behind."""
+        settings = self.config.rollout
+        groups = self.policy.sampler.sample(
+            prompts,
+            settings.completions,
+            max_new_tokens=settings.max_new_tokens,
+            key=sampling_key(self.config.run.seed, done),
+            temperature=settings.temperature,
+            ignore_ends=self._forced_length,
+        )
+        return [Rollout(encoded, group) for encoded, group in zip(prompts, groups, strict=True)]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The same groups with their rewards."""
+        texts = [self.policy.processor.decode(c.token_ids) for rollout in rollouts for c in rollout.completions]
+        labels = [rollout.encoded.prompt.label or "" for rollout in rollouts for _ in rollout.completions]
+        rewards = iter(self._score_texts(texts, labels))
+        return [dataclasses.replace(r, rewards=tuple(next(rewards) for _ in r.completions)) for r in rollouts]
+
+    def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:
+        """The groups as minibatches, with advantages and the log-probs that the algorithm asks for.
+
+        Old and reference log-probs cost a pass each and are computed only where something reads them.
+        """
+        minibatches = [list(part) for part in _deal(rollouts, self.config.learner.minibatches)]
+        self._fit_shapes(rollouts, minibatches)
+        vision, patches_of = self.policy.network.config.vision, self.policy.processor.patches
+        batches = [pack(groups, self.shapes, vision, patches_of) for groups in minibatches]
+        if registry.needs_old(self.config):
+            batches = [
+                dataclasses.replace(batch, old_log_probs=self.learner.log_probs(params, batch)) for batch in batches
+            ]
+        log_ratios = None
+        if self._reference is not None:
+            batches = [
+                dataclasses.replace(batch, reference_log_probs=self.learner.log_probs(self._reference, batch))
+                for batch in batches
+            ]
+            log_ratios = [
+                ratio
+                for batch in batches
+                for ratio in gather(
+                    batch.old_log_probs - batch.reference_log_probs, batch, int(batch.completions_total)
+                )
+            ]
+        judged = iter(self._algorithm.advantages([g for m in minibatches for g in m], self.config.algorithm, log_ratios))
+        advantages = [[a for _ in groups for a in next(judged).advantages] for groups in minibatches]
+        return [
+            dataclasses.replace(batch, advantages=scatter(values, batch))
+            for batch, values in zip(batches, advantages, strict=True)
+        ]
+
+    def update(self, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+        """All updates of the step. Metrics are means over the updates, but for the gap (the first update's, whose
+        weights are those that sampled) and for what counts on (the last's)."""
+        told = []
+        for _ in range(self.config.learner.epochs):
+            for batch in batches:
+                state, metrics = self.learner.update(state, batch)
+                told.append(metrics)
+        combined = {name: float(np.mean([metrics[name] for metrics in told])) for name in told[0]}
+        combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
+        combined |= {name: told[-1][name] for name in ("learning_rate", "skipped_updates")}
+        return state, combined
+
+    def state(self) -> dict[str, Any]:
+        """Shapes, the learner's and the sampler's: what a resumed run must go on with."""
+        packed = None if self.shapes is None else dataclasses.asdict(self.shapes)
+        return {"packed": packed, "prompts": dataclasses.asdict(self.policy.sampler.shapes)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to `state`; on another number of devices rows are planned anew."""
+        packed = state["packed"]
+        if packed is not None and packed["row_devices"] == row_shards(self.policy.mesh):
+            self.shapes = PackShapes(**packed)
+        self.policy.sampler.shapes = PromptShapes(**state["prompts"])
+
+    def _fit_shapes(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Rollout]]) -> None:
+        vision = self.policy.network.config.vision
+        if self.shapes is None:
+            self.shapes = plan_shapes(
+                rollouts,
+                learner=self.config.learner,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                vision=vision,
+                minibatch_groups=max(len(groups) for groups in minibatches),
+                row_devices=row_shards(self.policy.mesh),
+            )
+        for groups in minibatches:
+            self.shapes = grow(self.shapes, groups, vision)
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """All phases together."""
+        return sum(self.seconds.values())
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _deal(rollouts: Sequence[Rollout], minibatches: int) -> Iterator[Sequence[Rollout]]:
+    """Whole groups in order, in parts whose sizes differ by one at most."""
+    bounds = np.linspace(0, len(rollouts), minibatches + 1).round().astype(int)
+    return (rollouts[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _in_compute_dtype(policy: Policy) -> dict[str, Any]:
+    """The starting policy again, to measure the KL against; half the size where products are bfloat16."""
+    dtype = policy.network.compute_dtype
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), policy.load())

@@ -1,0 +1,160 @@
+"""A run, from top to bottom.
+
+    python -m lmmr1_jax.train --config configs/rloo.py
+
+Prompts are sampled from, the completions are scored, the scores become advantages, and the learner makes what was
+better more likely; then the sampler gets the new weights and the next step begins. The rest of this file is what
+makes that loop one that can be followed, stopped, killed and resumed.
+
+JAX is imported inside `train`, so that a mistyped flag is answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any
+
+from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.config_cli import parse_train_config, run_cli
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Runs `config` to its end and returns what `summary.json` holds.
+
+    Raises:
+      UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
+      StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
+    """
+    from lmmr1_jax import assembly
+    from lmmr1_jax.algorithms import registry
+    from lmmr1_jax.data.skips import SkipLog
+    from lmmr1_jax.gap_watch import GapWatch
+    from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
+    from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rollout.evaluation import evaluate
+    from lmmr1_jax.run_folder import open_run_folder
+    from lmmr1_jax.step import Step, Stopwatch
+    from lmmr1_jax.stop_signal import StopRequested, StopSignal
+    from lmmr1_jax.tracking.tracker import Tracker
+    from weights_bridge.run_checkpoint import copy_side_files
+
+    registry.check(config)
+    folder = open_run_folder(config)
+    resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
+
+    with contextlib.ExitStack() as open_parts:
+        verifier = open_parts.enter_context(Verifier(config.rewards))
+        skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
+        policy = assembly.assemble_policy(config)
+        prompts, held_out = assembly.read_data(config, policy.processor, verifier, skips)
+        feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
+        open_parts.callback(feeder.close)
+        total_steps = assembly.count_steps(config, len(prompts))
+        learner = assembly.build_learner(config, policy, total_steps * registry.updates_per_rollout(config))
+        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        open_parts.callback(checkpoints.close)
+        step = Step(config, policy, learner, verifier.score)
+        gap = GapWatch(config.rollout.gap_warn, config.rollout.gap_stop)
+        copy_side_files(policy.source, folder / "model")
+
+        # Where the run stands: `done` steps lie behind it, and these parts remember something between steps.
+        remembering = {"feeder": feeder, "skips": skips, "shapes": step, "gap": gap}
+        if resumes:
+            done, state, memory = checkpoints.restore_newest(learner.abstract_state())
+            for name, part in remembering.items():
+                part.restore(memory[name])
+        else:
+            done, state = 0, learner.init_state(policy.load())
+        policy.sampler.load(state.params, done)
+
+        tracker = open_parts.enter_context(
+            Tracker(folder, config, done if config.run.resume else None, total_steps, decode=policy.processor.decode)
+        )
+        stop = open_parts.enter_context(StopSignal())
+
+        def evaluate_policy() -> float | None:
+            if not held_out:
+                return None
+            result = evaluate(
+                policy.sampler,
+                verifier,
+                policy.processor,
+                held_out,
+                max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            )
+            tracker.evaluation(done, result)
+            return result["accuracy"]
+
+        def save(memory: dict[str, Any], score: float | None = None) -> None:
+            checkpoints.save(done, state, memory, score=score)
+
+        if done == 0 and 0 not in tracker.evaluations:
+            evaluate_policy()
+
+        while done < total_steps:
+            memory = {name: part.state() for name, part in remembering.items()}
+            watch = Stopwatch()
+            try:
+                stop.check()
+                with watch("rollout"):
+                    rollouts = step.sample(feeder.take(config.rollout.prompts), done)
+                stop.check()
+                with watch("score"):
+                    rollouts = step.score(rollouts)
+                    batches = step.prepare(rollouts, state.params)
+                stop.check()
+            except StopRequested as reason:
+                if done not in checkpoints.steps():
+                    save(memory)
+                checkpoints.wait()
+                tracker.say(f"stopped by {reason} after step {done}; --resume goes on from there")
+                raise
+            with watch("learn"):
+                state, metrics = step.update(state, batches)
+            done += 1
+            with watch("sync"):
+                policy.sampler.load(state.params, done)
+
+            tokens = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
+            tracker.log(
+                done,
+                metrics
+                | {f"time/{phase}": seconds for phase, seconds in watch.seconds.items()}
+                | {"tokens_per_second": tokens / watch.total, "skipped": skips.total},
+                rollouts,
+            )
+            if warning := gap.observe(done, metrics["gap/mean"]):
+                tracker.warn(warning)
+
+            last = done == total_steps
+            score = None
+            if last or (config.eval.every and done % config.eval.every == 0):
+                score = evaluate_policy()
+            if last or score is not None or done % config.checkpoint.every == 0:
+                save({name: part.state() for name, part in remembering.items()}, score)
+
+        checkpoints.wait()
+        return tracker.finish(skipped=skips.counts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    config = parse_train_config(sys.argv[1:] if arguments is None else arguments, prog="python -m lmmr1_jax.train")
+    from lmmr1_jax.stop_signal import StopRequested
+
+    try:
+        summary = train(config)
+    except StopRequested:
+        return 143
+    before, after = (summary["evaluation"][when] for when in ("before", "after"))
+    if before and after:
+        print(
+            f"greedy accuracy on {after['prompts']} held-out prompts: {before['accuracy']:.3f} before, "
+            f"{after['accuracy']:.3f} after {summary['steps']} steps; the figures are in {config.run.dir}/summary.json"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
