@@ -141,6 +141,7 @@ class _Answer:
         return any(not isinstance(value, str) for value in self.parsed)
 
 
+@functools.lru_cache(maxsize=4096)  # the completions of a group often agree
 def _same(gold: _Answer, answer: _Answer) -> bool:
     if gold.key == answer.key:
         return True
