@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default=None,
                         help="of the written tensors (default: the source tensors' own; float32: the master weights)")
     options = parser.parse_args(arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates at warning level
+    # Orbax narrates at warning level, and leaves asyncio to report every array of a spoilt checkpoint by itself.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         export_checkpoint(options.checkpoint, options.out, options.dtype)
     except CheckpointError as error:

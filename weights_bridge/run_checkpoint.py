@@ -121,5 +121,6 @@ def read_orbax_params(step_folder: str | Path) -> dict[str, Any]:
             restore = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
             return checkpointer.restore(state, args=restore)["params"]
     except Exception as error:  # Orbax and TensorStore raise whatever their storage raised
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # TensorStore ends its message with the whole specification of the array.
+        reason = str(error).partition("[tensorstore_spec")[0].strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{step_folder}: its parameters cannot be read ({reason})") from error

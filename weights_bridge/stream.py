@@ -112,9 +112,10 @@ def _named(entries: Sequence[Entry], stored: Mapping[str, Any] | None) -> list[t
 
 
 def _tensor(leaf: Any, entry: Entry, dtype: np.dtype) -> np.ndarray:
-    part = _gather(leaf, entry.layer) if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    if entry.layer is not None and not isinstance(leaf, jax.Array):
-        part = part[entry.layer]
+    if isinstance(leaf, jax.Array):
+        part = _gather(leaf, entry.layer)
+    else:
+        part = np.asarray(leaf) if entry.layer is None else np.asarray(leaf)[entry.layer]
     # Casting here and not on the device keeps every bit, subnormal numbers included.
     turned = part.transpose(np.argsort(entry.transform.order))
     if turned.dtype == dtype and turned.flags.c_contiguous:
@@ -144,12 +145,14 @@ def _gather(leaf: jax.Array, layer: int | None) -> np.ndarray:
 
 def _to_host(data: jax.Array, layer: int | None) -> np.ndarray:
     (device,) = data.devices()
-    if layer is None or device.platform == "cpu":
-        # On the CPU this is a view; elsewhere it would fetch, and keep, all the layers for one.
-        return np.asarray(data) if layer is None else np.asarray(data)[layer]
-    return np.asarray(_one_layer(data, layer))
+    if layer is None:
+        return np.asarray(data)
+    if device.platform == "cpu":
+        return np.asarray(data)[layer]  # a view; on another device this would fetch, and keep, all layers for one
+    return np.asarray(one_layer(data, layer))
 
 
 @jax.jit
-def _one_layer(stacked: jax.Array, layer: int) -> jax.Array:
+def one_layer(stacked: jax.Array, layer: int) -> jax.Array:
+    """A layer of a stacked leaf, on the leaf's device; one small program per shape, whatever the layer."""
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)

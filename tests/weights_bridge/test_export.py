@@ -8,20 +8,23 @@ import textwrap
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import optax
 import pytest
 from random_checkpoint import CASES, bfloat16, config_of, random_tensors, renamed, same_bits, write_checkpoint
 from safetensors.numpy import load_file
 
+from lmmr1_jax.learner.checkpoint import Checkpoints
+from lmmr1_jax.learner.state import TrainState
 from weights_bridge import export as export_module
 from weights_bridge.errors import CheckpointError
-from weights_bridge.export import export, export_checkpoint, main
+from weights_bridge.export import export, export_checkpoint
 from weights_bridge.layout import layout
 from weights_bridge.load import load, read_stored, source_dtypes
 from weights_bridge.run_checkpoint import copy_side_files, newest_step, read_orbax_params, step_folders
 from weights_bridge.safetensors_file import write_file
-from weights_bridge.stream import TensorStream
+from weights_bridge.stream import TensorStream, one_layer
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja")
 
@@ -206,11 +209,12 @@ def run(tmp_path) -> tuple[Path, Path]:
     run = tmp_path / "run"
     copy_side_files(source, run / "model")
     params = load(source)
+    checkpoints = Checkpoints(run / "checkpoints", keep=5)
     for step in (4, 10):
         changed = jax.tree.map(lambda leaf, step=step: leaf + step, params)
-        state = {"params": changed, "opt_state": {"mu": changed, "count": np.int32(step)}, "step": np.int32(step)}
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((run / "checkpoints" / str(step) / "state").absolute(), state)
+        moments = optax.ScaleByAdamState(jnp.int32(step), changed, changed)
+        checkpoints.save(step, TrainState(changed, moments, jnp.int32(step), jnp.int32(0)), {"cursor": step})
+    checkpoints.close()
     return run, source
 
 
@@ -245,11 +249,20 @@ def test_only_the_parameters_of_a_checkpoint_are_read(run):
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(params))
 
 
-def test_a_spoilt_checkpoint_gives_one_line(run, tmp_path, capsys):
-    (run[0] / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"half")
-    assert main(["--checkpoint", str(run[0]), "--out", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "checkpoints/10: its parameters cannot be read" in error
+def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "weights_bridge.export", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_a_spoilt_checkpoint_gives_one_line_on_the_command_line(run):
+    run, _ = run
+    (run / "checkpoints" / "10" / "state" / "manifest.ocdbt").write_bytes(b"half")
+    done = command_line(run.parent, "--checkpoint", "run", "--out", "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "checkpoints/10: its parameters cannot be read" in done.stderr
+    whole = command_line(run.parent, "--checkpoint", "run/checkpoints/4", "--out", "out")
+    assert whole.returncode == 0 and not whole.stderr, whole.stderr
 
 
 def test_the_side_files_of_a_run_can_be_copied_on(run, tmp_path):
@@ -283,8 +296,13 @@ def test_a_hugging_face_folder_is_exported_as_it_is(tmp_path):
 )
 def test_wrong_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
     (tmp_path / "started" / "checkpoints").mkdir(parents=True)
-    root = Path(__file__).parent.parent.parent
-    command = [sys.executable, "-m", "weights_bridge.export", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = command_line(tmp_path, *arguments)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_layer_taken_on_the_device_has_every_bit_of_its_stack():
+    bits = np.random.default_rng(0).integers(0, 2**32, (5, 7, 3), np.uint32)
+    stacked = bits.view(np.float32)
+    for layer in range(5):
+        taken = np.asarray(one_layer(jnp.asarray(stacked), layer))
+        np.testing.assert_array_equal(taken.view(np.uint32), bits[layer])
