@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -95,3 +96,30 @@ class PromptFeeder:
             if future is not None:
                 future.cancel()
         self._waiting.clear()
+
+
+def encode_all(
+    prompts: Iterable[Prompt], processor: Processor, skips: SkipLog, *, workers: int = 2, ahead: int = 32
+) -> Iterator[EncodedPrompt]:
+    """One pass over prompts, as evaluation needs it: in their order, those that cannot be used skipped and counted."""
+    if workers <= 0:
+        workers = ahead = 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="prompts") as pool:
+        waiting: collections.deque[tuple[Prompt, Future]] = collections.deque()
+        source = iter(prompts)
+        try:
+            while True:
+                while len(waiting) < ahead and (prompt := next(source, None)) is not None:
+                    waiting.append((prompt, pool.submit(processor.encode, prompt)))
+                if not waiting:
+                    return
+                prompt, future = waiting.popleft()
+                try:
+                    encoded = future.result()
+                except SkipPrompt as fault:
+                    skips.add(prompt.file, prompt.row, fault.reason, fault.detail)
+                else:
+                    yield encoded
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -35,9 +35,7 @@ def group(rng, number, *, text, lengths, grids=(), advantages=True):
         slots += range(len(ids), len(ids) + merged)
         ids += [IMAGE] * merged + [1000 * (number + 1) + 500]
     positions = np.sort(rng.integers(0, 50, (3, len(ids))), axis=1).astype(np.int32)
-    pictures = tuple(
-        Picture(np.full((1, 1, 1), 10 * number + i, np.uint8), grid) for i, grid in enumerate(grids)
-    )
+    pictures = tuple(Picture(np.full((1, 1, 1), 10 * number + i, np.uint8), grid) for i, grid in enumerate(grids))
     prompt = Prompt([], None, str(number), "made", "made", number)
     encoded = EncodedPrompt(
         prompt, np.asarray(ids, np.int32), positions, pictures, np.asarray(slots, np.int32), int(positions.max()) + 1
