@@ -109,11 +109,11 @@ class Step:
                     batch.old_log_probs - batch.reference_log_probs, batch, int(batch.completions_total)
                 )
             ]
-        judged = iter(self._algorithm.advantages([g for m in minibatches for g in m], self.config.algorithm, log_ratios))
-        advantages = [[a for _ in groups for a in next(judged).advantages] for groups in minibatches]
+        # All groups of the step together: an algorithm may normalise over the whole rollout batch.
+        judged = iter(self._algorithm.advantages(rollouts, self.config.algorithm, log_ratios))
         return [
-            dataclasses.replace(batch, advantages=scatter(values, batch))
-            for batch, values in zip(batches, advantages, strict=True)
+            dataclasses.replace(batch, advantages=scatter([a for _ in groups for a in next(judged).advantages], batch))
+            for groups, batch in zip(minibatches, batches, strict=True)
         ]
 
     def update(self, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[TrainState, dict[str, float]]:

@@ -33,6 +33,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
     from lmmr1_jax.rewards.pool import Verifier
     from lmmr1_jax.rollout.evaluation import evaluate
+    from lmmr1_jax.rollout.jax_sampler import sampling_key
     from lmmr1_jax.run_folder import open_run_folder
     from lmmr1_jax.step import Step, Stopwatch
     from lmmr1_jax.stop_signal import StopRequested, StopSignal
@@ -76,15 +77,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         def evaluate_policy() -> float | None:
             if not held_out:
                 return None
-            result = evaluate(
-                policy.sampler,
-                verifier,
-                policy.processor,
-                held_out,
-                max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-            )
-            tracker.evaluation(done, result)
-            return result["accuracy"]
+            with (watch := Stopwatch())("evaluate"):
+                result = evaluate(
+                    policy.sampler,
+                    policy.processor.decode,
+                    verifier,
+                    assembly.encode_each(held_out, policy.processor, skips),
+                    key=sampling_key(config.run.seed, done),
+                    max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                )
+            tracker.evaluation(done, result.summary() | {"seconds": watch.total})
+            return result.accuracy
 
         def save(memory: dict[str, Any], score: float | None = None) -> None:
             checkpoints.save(done, state, memory, score=score)

@@ -1,0 +1,223 @@
+"""Times real optimisation steps whose completions all have exactly T tokens.
+
+    python scripts/bench_step.py --model DIR --data FILE --prompts P --generations G --max-new-tokens T --steps N \
+        --json OUT
+
+A step is what a run does, phase by phase: rollout (preprocessing and sampling), score (a trivial reward, and the
+passes for old and reference log-probs, of which this setting needs none), learn (the update), sync (the weights go
+to the sampler). One update per rollout, no KL, AdamW, float32 on a CPU. The first step, which compiles, is left out;
+figures are medians of the others. Peak memory is that of this process (VmHWM), counted anew from the second step on.
+
+Beside the times stands a limit: the matrix products that a step cannot do without, over the rate at which XLA
+multiplies square matrices, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmmr1_jax import assembly
+from lmmr1_jax.compilation import CompilationCounter
+from lmmr1_jax.config import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from lmmr1_jax.config_cli import run_cli
+from lmmr1_jax.data.prompt_set import read_prompts
+from lmmr1_jax.data.skips import SkipLog
+from lmmr1_jax.models.vision_batch import slots_needed
+from lmmr1_jax.step import Step, Stopwatch
+from lmmr1_jax.types import Reward, Rollout
+from lmmr1_jax.versions import versions
+
+PHASES = ("rollout", "score", "learn", "sync")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    config = TrainConfig(
+        run=RunConfig(seed=arguments.seed),
+        model=ModelConfig(path=arguments.model),
+        data=DataConfig(path=arguments.data, shuffle=False),
+        rollout=RolloutConfig(
+            prompts=arguments.prompts, completions=arguments.generations, max_new_tokens=arguments.max_new_tokens
+        ),
+        learner=LearnerConfig(
+            learning_rate=1e-6, remat=arguments.remat, logprob_chunk=arguments.logprob_chunk, rows=arguments.rows
+        ),
+    )
+    policy = assembly.assemble_policy(config)
+    prompts = read_prompts(arguments.data, skips=SkipLog(), special_tokens=policy.processor.special_tokens)
+    feeder = assembly.build_feeder(config, prompts, policy.processor, SkipLog())
+    learner = assembly.build_learner(config, policy, total_updates=arguments.steps + 1)
+    step = Step(config, policy, learner, trivial_reward, forced_length=True)
+    state = learner.init_state(policy.load())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    policy.sampler.load(state.params, 0)
+
+    measured: list[dict[str, float]] = []
+    compilations = CompilationCounter()
+    for number in range(arguments.steps + 1):
+        watch = Stopwatch()
+        with watch("rollout"):
+            rollouts = step.sample(feeder.take(arguments.prompts), number)
+        with watch("score"):
+            rollouts = step.score(rollouts)
+            batches = step.prepare(rollouts, state.params)
+        with watch("learn"):
+            state, metrics = step.update(state, batches)
+        with watch("sync"):
+            policy.sampler.load(state.params, number + 1)
+            jax.block_until_ready(state.params)
+        if any(len(c.token_ids) != arguments.max_new_tokens for rollout in rollouts for c in rollout.completions):
+            raise RuntimeError("a completion has another length than was asked for")
+        del batches
+        print(f"{'first' if number == 0 else 'step ':5s} " + _line(watch.seconds), flush=True)
+        if number == 0:
+            compilations.restart()
+            memory_is_fresh = forget_peak_memory()
+        else:
+            measured.append(watch.seconds)
+    feeder.close()
+
+    seconds = {phase: statistics.median(step[phase] for step in measured) for phase in PHASES}
+    seconds = {"total": statistics.median(sum(step.values()) for step in measured)} | seconds
+    tokens = arguments.prompts * arguments.generations * arguments.max_new_tokens
+    rate = gemm_rate()
+    floor = needed_products(policy.network.config, rollouts)
+    result = {
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens / seconds["total"],
+        "peak_memory_bytes": peak_memory(),
+        "peak_memory_excludes_first_step": memory_is_fresh,
+        "limit": {
+            "gemm_flops_per_second": rate,
+            "flops": floor,
+            "seconds": {phase: flops / rate for phase, flops in floor.items()},
+            "share_reached": {phase: flops / rate / seconds[phase] for phase, flops in floor.items()},
+        },
+        "compiled_programs": compilations.count,
+        "steps": measured,
+        "gap_mean": metrics["gap/mean"],
+        "work": {
+            "parameters": parameters,
+            "prompts": arguments.prompts,
+            "generations": arguments.generations,
+            "max_new_tokens": arguments.max_new_tokens,
+            "packed": dataclasses.asdict(step.shapes),
+        },
+        "command": "python scripts/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv),
+        "versions": versions(),
+        "devices": [str(device) for device in jax.devices()],
+    }
+    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("median " + _line(seconds), f"peak {result['peak_memory_bytes'] / 2**20:.0f} MiB", sep="  ")
+    print(f"limit at {rate / 1e9:.0f} GFLOP/s: " + _line(result["limit"]["seconds"]))
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder")
+    parser.add_argument("--data", required=True, help="prompts in LMM-R1's format")
+    parser.add_argument("--prompts", type=int, required=True, help="prompts per step")
+    parser.add_argument("--generations", type=int, required=True, help="completions per prompt")
+    parser.add_argument("--max-new-tokens", type=int, required=True, help="tokens of every completion")
+    parser.add_argument("--steps", type=int, required=True, help="measured steps, beside the first")
+    parser.add_argument("--json", required=True, help="where the figures go")
+    parser.add_argument("--seed", type=int, default=0)
+    defaults = LearnerConfig()
+    parser.add_argument("--remat", choices=("none", "attention", "full"), default=defaults.remat)
+    parser.add_argument("--logprob-chunk", type=int, default=defaults.logprob_chunk)
+    parser.add_argument("--rows", type=int, default=defaults.rows, help="rows in a micro-batch")
+    return parser.parse_args(argv)
+
+
+def trivial_reward(texts: list[str], labels: list[str]) -> list[Reward]:
+    """Free to compute, and different from completion to completion, so that advantages are not zero."""
+    return [Reward(total=(sum(text.encode()) % 97) / 96, parts={}) for text in texts]
+
+
+def needed_products(config: Any, rollouts: list[Rollout]) -> dict[str, float]:
+    """Floating-point operations of the matrix products that no implementation can leave out, by phase.
+
+    Every prompt and picture is read once per pass, every completion token once; the head sees completion tokens
+    alone; attention counts the pairs that see each other. The backward pass costs twice the forward pass, and
+    nothing is computed twice.
+    """
+    text = config.text
+    heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    layer = text.hidden_size * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
+    head = text.hidden_size * text.vocab_size
+    language = pictures = 0.0
+    for rollout in rollouts:
+        prompt = len(rollout.encoded.token_ids)
+        tokens, pairs = prompt, prompt * (prompt + 1) / 2
+        for completion in rollout.completions:
+            length = len(completion.token_ids)
+            tokens += length
+            pairs += length * prompt + length * (length + 1) / 2
+            language += 2 * length * head
+        language += text.num_layers * (2 * tokens * layer + 4 * pairs * heads)
+        pictures += sum(_picture_products(config.vision, picture.grid_thw) for picture in rollout.encoded.pictures)
+    return {"rollout": language + pictures, "learn": 3 * (language + pictures)}
+
+
+def _picture_products(vision: Any, grid: tuple[int, int, int]) -> float:
+    patches = grid[0] * grid[1] * grid[2]
+    width, inner = vision.hidden_size, vision.intermediate_size
+    mlp = (3 if vision.window_size else 2) * width * inner
+    window = slots_needed(grid, vision) if not vision.window_size else vision.window_slots
+    full = len(vision.full_attention_blocks) if vision.window_size else vision.depth
+    attention = 4 * patches * width * (full * patches + (vision.depth - full) * min(window, patches))
+    merged = patches // vision.spatial_merge_size**2
+    merger_width = width * vision.spatial_merge_size**2
+    merger = 2 * merged * merger_width * (merger_width + vision.out_hidden_size)
+    return 2 * patches * (vision.patch_values * width + vision.depth * (4 * width * width + mlp)) + attention + merger
+
+
+def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
+    """Floating-point operations per second of XLA's float32 product of two square matrices, the best of several."""
+    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(matrix).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(matrix).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def forget_peak_memory() -> bool:
+    """Starts the count of peak memory anew, without what compiling took; False where Linux does not allow it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Bytes of resident memory at the peak (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def _line(seconds: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
+
+
+if __name__ == "__main__":
+    run_cli(main)
