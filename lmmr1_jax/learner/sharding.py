@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,7 +186,15 @@ def put_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
 
 def constrain_rows(array: jax.Array, mesh: Mesh) -> jax.Array:
     """Inside jit: say that the leading axis, rows, is split over data and fsdp and all other axes are whole."""
-    shards = row_shards(mesh)
-    if mesh.size == 1 or array.shape[0] % shards:
+    if mesh.size == 1 or array.shape[0] % row_shards(mesh):
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(ROWS)))
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, LogicalAxes], jax.Array]:
+    """What `models.network.build` calls with activations whose leading axis is "batch": they stay split by rows."""
+
+    def constrain(array: jax.Array, axes: LogicalAxes) -> jax.Array:
+        return constrain_rows(array, mesh) if axes[0] == "batch" else array
+
+    return constrain

@@ -1,0 +1,240 @@
+"""The update on one device: the gradient of the dense oracle, the same bits twice, one program, a donated state."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import packed_cases as cases
+import pytest
+
+from lmmr1_jax.compilation import CompilationCounter
+from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.learner.sharding import make_mesh
+from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.models.config import parse_config
+from weights_bridge.layout import layout, logical_axes
+
+TEMPERATURE = 0.7
+
+
+def learner(raw, *, freeze_vision=False, remat="none", algorithm=None, **options):
+    config = TrainConfig(
+        model=ModelConfig(freeze_vision=freeze_vision),
+        rollout=RolloutConfig(temperature=TEMPERATURE),
+        algorithm=algorithm or AlgorithmConfig(),
+        learner=LearnerConfig(**({"learning_rate": 0.01, "logprob_chunk": 16} | options)),
+    )
+    network = cases.network(parse_config(raw), remat)
+    mesh = make_mesh(MeshConfig(1, 1, 1))
+    return Learner(network, config, mesh, logical_axes(layout(raw)), 10, banned_ids=cases.BANNED)
+
+
+def oracle_gradients(net, params, rollouts):
+    """Of -sum(A lp) / T, which is the gradient of the clipped loss where the ratio is 1."""
+    inputs = cases.oracle_inputs(net.config, rollouts)
+    advantages = np.zeros(inputs["tokens"].shape, np.float32)
+    advantages[inputs["taken"]] = np.concatenate([a for r in rollouts for a in r.advantages])
+
+    def loss(params, inputs, advantages):
+        log_probs = cases.oracle_log_probs(net, params, inputs, TEMPERATURE)
+        return -jnp.sum(advantages * log_probs) / jnp.sum(inputs["taken"])
+
+    return jax.jit(jax.grad(loss))(params, inputs, advantages)
+
+
+def assert_close(ours, theirs, limit=1e-5):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
+        scale = max(np.abs(b).max(), 1e-6)
+        assert np.abs(a - b).max() <= limit * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
+
+
+@functools.cache
+def setting(vision=True, tied=True):
+    raw = cases.hf_config(vision=vision, tied=tied)
+    config = parse_config(raw)
+    net = cases.network(config)
+    params = cases.random_params(net)
+    rollouts = cases.random_rollouts(config)
+    return raw, config, net, params, rollouts
+
+
+@functools.cache
+def expected(vision=True, tied=True):
+    _, _, net, params, rollouts = setting(vision, tied)
+    return oracle_gradients(net, params, rollouts)
+
+
+@pytest.mark.parametrize("vision, tied", [(True, True), (False, False)])
+def test_log_probs_equal_the_dense_ones_of_each_completion_alone(vision, tied):
+    raw, config, net, params, rollouts = setting(vision, tied)
+    inputs = cases.oracle_inputs(config, rollouts)
+    dense = np.asarray(jax.jit(lambda p, i: cases.oracle_log_probs(net, p, i, TEMPERATURE))(params, inputs))
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    ours = learner(raw).log_probs(params, batch)
+    for number, (row, taken) in enumerate(zip(dense, inputs["taken"], strict=True)):
+        np.testing.assert_allclose(ours[batch.completion == number], row[taken], atol=2e-5)
+    assert (ours[batch.mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("vision, tied", [(True, True), (False, False)])
+def test_gradient_equals_the_dense_one_of_each_completion_alone(vision, tied):
+    raw, config, _, params, rollouts = setting(vision, tied)
+    gradients, metrics = learner(raw).gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
+    assert_close(gradients, expected(vision, tied))
+    advantages = np.concatenate([a for r in rollouts for a in r.advantages])
+    np.testing.assert_allclose(metrics["loss/policy"], -advantages.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_micro_batch_size_leaves_the_gradient_alone(rows):
+    # With one row a micro-batch the texts come without a picture: the tower is skipped for them.
+    raw, config, _, params, rollouts = setting()
+    gradients, _ = learner(raw).gradients(params, cases.pack_by_hand(rollouts, config, rows=rows))
+    assert_close(gradients, expected())
+
+
+@pytest.mark.parametrize("options", [{"remat": "attention"}, {"remat": "full"}, {"logprob_chunk": 4}])
+def test_remat_and_chunk_size_leave_the_gradient_alone(options):
+    raw, config, _, params, rollouts = setting()
+    gradients, _ = learner(raw, **options).gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
+    assert_close(gradients, expected())
+
+
+def test_micro_batches_that_hold_nothing_are_not_run():
+    raw, config, _, params, rollouts = setting()
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    spoiled = jax.tree.map(lambda a: np.concatenate([a, np.full_like(a[:1], 77)]) if a.ndim else a, batch)
+    gradients, metrics = learner(raw).gradients(params, spoiled)
+    assert_close(gradients, expected())
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def copy(tree):
+    return jax.tree.map(jnp.array, tree)
+
+
+def same_bits(a, b):
+    return all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def test_two_runs_give_the_same_bits():
+    raw, config, _, params, rollouts = setting()
+    ours = learner(raw)
+    batch = cases.pack_by_hand(rollouts, config, rows=1)
+    ends = []
+    for _ in range(2):
+        state = ours.init_state(copy(params))
+        for _ in range(3):
+            state, _ = ours.update(state, batch)
+        ends.append(jax.tree.map(np.array, state))
+    assert same_bits(*ends)
+    assert not same_bits(ends[0].params, params)
+
+
+def test_an_update_lowers_its_loss_and_reports_what_it_did():
+    raw, config, _, params, rollouts = setting()
+    ours = learner(raw, learning_rate=1e-3, warmup_ratio=0.0)
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    state = ours.init_state(copy(params))
+    before = ours.log_probs(state.params, batch)
+    state, metrics = ours.update(state, batch)
+    after = ours.log_probs(state.params, batch)
+    assert (batch.advantages * (after - before)).sum() > 0
+    assert set(metrics) == {
+        "loss/policy", "kl", "clip_fraction", "entropy", "gap/mean", "gap/max", "grad_norm", "learning_rate",
+        "skipped_updates",
+    }  # fmt: skip
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    gap = np.abs(before - batch.sampler_log_probs)[batch.mask > 0]
+    np.testing.assert_allclose([metrics["gap/mean"], metrics["gap/max"]], [gap.mean(), gap.max()], rtol=1e-5)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(expected())))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert 0 < metrics["entropy"] < np.log(cases.VOCABULARY)
+    assert int(state.step) == 1 and metrics["learning_rate"] == pytest.approx(1e-3, rel=0.05)
+
+
+def test_the_state_is_donated_and_one_program_serves_all_updates():
+    raw, config, _, params, rollouts = setting()
+    ours = learner(raw)
+    state = ours.init_state(copy(params))
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    old = jax.tree.leaves(state)
+    state, _ = ours.update(state, batch)
+    assert all(leaf.is_deleted() for leaf in old)
+    counter = CompilationCounter()
+    for seed in range(1, 3):
+        other = cases.pack_by_hand(cases.random_rollouts(config, seed), config, rows=2)
+        state, _ = ours.update(state, other)
+    counter.close()
+    assert counter.count == 0, counter.names
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(rows):
+    raw, config, _, params, rollouts = setting()
+    ours = learner(raw)
+    batch = cases.pack_by_hand(rollouts, config, rows=rows)
+    state, _ = ours.update(ours.init_state(copy(params)), batch)
+    before = jax.tree.map(np.array, state)
+    spoiled = batch.advantages.copy()
+    spoiled[0, 0, 0] = np.nan
+    state, metrics = ours.update(state, dataclasses.replace(batch, advantages=spoiled))
+    assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
+    assert int(state.step) == 2 and int(state.skipped_updates) == 1 and metrics["skipped_updates"] == 1
+    state, metrics = ours.update(state, batch)
+    assert not same_bits(before.params, state.params) and metrics["skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_frozen_tower_keeps_its_bits_and_has_no_moments(rows):
+    raw, config, _, params, rollouts = setting()
+    ours = learner(raw, freeze_vision=True)
+    batch = cases.pack_by_hand(rollouts, config, rows=rows)
+    gradients, _ = ours.gradients(params, batch)
+    assert_close(gradients, {"language": expected()["language"]})
+    state = ours.init_state(copy(params))
+    state, _ = ours.update(state, batch)
+    assert same_bits(state.params["vision"], params["vision"])
+    assert set(state.opt_state.mu) == {"language"}
+    assert not same_bits(state.params["language"], params["language"])
+
+
+def test_with_more_updates_per_rollout_the_ratio_divides_by_the_given_log_probs():
+    raw, config, net, params, rollouts = setting()
+    ours = learner(raw, epochs=2)
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    now = ours.log_probs(params, batch)
+    batch = dataclasses.replace(batch, old_log_probs=np.where(batch.mask > 0, now - 0.1, 0).astype(np.float32))
+    _, metrics = ours.gradients(params, batch)
+    held = batch.mask > 0
+    ratio, advantages = np.exp(0.1), batch.advantages[held]
+    np.testing.assert_allclose(metrics["loss/policy"], -(ratio * advantages).mean(), rtol=1e-4)
+    assert metrics["clip_fraction"] == 0
+    batch = dataclasses.replace(batch, old_log_probs=np.where(held, now - 0.3, 0).astype(np.float32))
+    _, metrics = ours.gradients(params, batch)
+    np.testing.assert_allclose(metrics["clip_fraction"], (advantages > 0).mean(), rtol=1e-5)
+    clipped = np.where(advantages > 0, 1.2, np.exp(0.3)) * advantages
+    np.testing.assert_allclose(metrics["loss/policy"], -clipped.mean(), rtol=1e-4)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference():
+    raw, config, net, params, rollouts = setting()
+    algorithm = AlgorithmConfig(kl_coefficient=0.5, kl_estimator="k2", kl_placement="loss")
+    ours = learner(raw, algorithm=algorithm)
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    now = ours.log_probs(params, batch)
+    reference = np.where(batch.mask > 0, now + 0.2, 0).astype(np.float32)
+    batch = dataclasses.replace(batch, reference_log_probs=reference, advantages=np.zeros_like(batch.advantages))
+    gradients, metrics = ours.gradients(params, batch)
+    np.testing.assert_allclose(metrics["kl"], 0.02, rtol=1e-3)
+    # d/dp of 0.5 * mean(d^2 / 2) is 0.5 * mean(d * dlp) with d = -0.2: the policy gradient of an advantage of 0.1
+    tenth = [dataclasses.replace(r, advantages=tuple(np.full_like(a, 0.1) for a in r.advantages)) for r in rollouts]
+    assert_close(gradients, oracle_gradients(net, params, tenth), 1e-4)
