@@ -19,7 +19,10 @@ from weights_bridge.layout import layout, logical_axes
 TEMPERATURE = 0.7
 
 
-def learner(raw, *, freeze_vision=False, remat="none", algorithm=None, **options):
+@functools.cache
+def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, **options):
+    """One for each set of options, so that tests share compiled programs."""
+    raw, *_ = setting(vision)
     config = TrainConfig(
         model=ModelConfig(freeze_vision=freeze_vision),
         rollout=RolloutConfig(temperature=TEMPERATURE),
@@ -54,8 +57,8 @@ def assert_close(ours, theirs, limit=1e-5):
 
 
 @functools.cache
-def setting(vision=True, tied=True):
-    raw = cases.hf_config(vision=vision, tied=tied)
+def setting(vision=False):
+    raw = cases.hf_config(vision=vision, tied=vision)
     config = parse_config(raw)
     net = cases.network(config)
     params = cases.random_params(net)
@@ -64,52 +67,45 @@ def setting(vision=True, tied=True):
 
 
 @functools.cache
-def expected(vision=True, tied=True):
-    _, _, net, params, rollouts = setting(vision, tied)
+def expected(vision=False):
+    _, _, net, params, rollouts = setting(vision)
     return oracle_gradients(net, params, rollouts)
 
 
-@pytest.mark.parametrize("vision, tied", [(True, True), (False, False)])
-def test_log_probs_equal_the_dense_ones_of_each_completion_alone(vision, tied):
-    raw, config, net, params, rollouts = setting(vision, tied)
+@pytest.mark.parametrize("vision", [True, False])
+def test_log_probs_equal_the_dense_ones_of_each_completion_alone(vision):
+    _, config, net, params, rollouts = setting(vision)
     inputs = cases.oracle_inputs(config, rollouts)
     dense = np.asarray(jax.jit(lambda p, i: cases.oracle_log_probs(net, p, i, TEMPERATURE))(params, inputs))
     batch = cases.pack_by_hand(rollouts, config, rows=2)
-    ours = learner(raw).log_probs(params, batch)
+    ours = learner(vision).log_probs(params, batch)
     for number, (row, taken) in enumerate(zip(dense, inputs["taken"], strict=True)):
         np.testing.assert_allclose(ours[batch.completion == number], row[taken], atol=2e-5)
     assert (ours[batch.mask == 0] == 0).all()
 
 
-@pytest.mark.parametrize("vision, tied", [(True, True), (False, False)])
-def test_gradient_equals_the_dense_one_of_each_completion_alone(vision, tied):
-    raw, config, _, params, rollouts = setting(vision, tied)
-    gradients, metrics = learner(raw).gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
-    assert_close(gradients, expected(vision, tied))
+# With one row a micro-batch some micro-batches are text without a picture: the tower is skipped for them.
+@pytest.mark.parametrize("vision, rows", [(True, 1), (True, 4), (False, 2), (False, 4)])
+def test_gradient_equals_the_dense_one_of_each_completion_alone(vision, rows):
+    _, config, _, params, rollouts = setting(vision)
+    gradients, metrics = learner(vision).gradients(params, cases.pack_by_hand(rollouts, config, rows=rows))
+    assert_close(gradients, expected(vision))
     advantages = np.concatenate([a for r in rollouts for a in r.advantages])
     np.testing.assert_allclose(metrics["loss/policy"], -advantages.mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-def test_micro_batch_size_leaves_the_gradient_alone(rows):
-    # With one row a micro-batch the texts come without a picture: the tower is skipped for them.
-    raw, config, _, params, rollouts = setting()
-    gradients, _ = learner(raw).gradients(params, cases.pack_by_hand(rollouts, config, rows=rows))
-    assert_close(gradients, expected())
-
-
-@pytest.mark.parametrize("options", [{"remat": "attention"}, {"remat": "full"}, {"logprob_chunk": 4}])
+@pytest.mark.parametrize("options", [{"remat": "attention"}, {"remat": "full", "logprob_chunk": 4}])
 def test_remat_and_chunk_size_leave_the_gradient_alone(options):
-    raw, config, _, params, rollouts = setting()
-    gradients, _ = learner(raw, **options).gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
+    _, config, _, params, rollouts = setting()
+    gradients, _ = learner(**options).gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
     assert_close(gradients, expected())
 
 
 def test_micro_batches_that_hold_nothing_are_not_run():
-    raw, config, _, params, rollouts = setting()
+    _, config, _, params, rollouts = setting()
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     spoiled = jax.tree.map(lambda a: np.concatenate([a, np.full_like(a[:1], 77)]) if a.ndim else a, batch)
-    gradients, metrics = learner(raw).gradients(params, spoiled)
+    gradients, metrics = learner().gradients(params, spoiled)
     assert_close(gradients, expected())
     assert np.isfinite(list(metrics.values())).all()
 
@@ -126,9 +122,9 @@ def same_bits(a, b):
 
 
 def test_two_runs_give_the_same_bits():
-    raw, config, _, params, rollouts = setting()
-    ours = learner(raw)
-    batch = cases.pack_by_hand(rollouts, config, rows=1)
+    _, config, _, params, rollouts = setting()
+    ours = learner()
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
     ends = []
     for _ in range(2):
         state = ours.init_state(copy(params))
@@ -140,8 +136,8 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_an_update_lowers_its_loss_and_reports_what_it_did():
-    raw, config, _, params, rollouts = setting()
-    ours = learner(raw, learning_rate=1e-3, warmup_ratio=0.0)
+    _, config, _, params, rollouts = setting()
+    ours = learner(learning_rate=1e-3, warmup_ratio=0.0)
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     state = ours.init_state(copy(params))
     before = ours.log_probs(state.params, batch)
@@ -162,8 +158,8 @@ def test_an_update_lowers_its_loss_and_reports_what_it_did():
 
 
 def test_the_state_is_donated_and_one_program_serves_all_updates():
-    raw, config, _, params, rollouts = setting()
-    ours = learner(raw)
+    _, config, _, params, rollouts = setting()
+    ours = learner()
     state = ours.init_state(copy(params))
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     old = jax.tree.leaves(state)
@@ -179,8 +175,8 @@ def test_the_state_is_donated_and_one_program_serves_all_updates():
 
 @pytest.mark.parametrize("rows", [2, 4])
 def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(rows):
-    raw, config, _, params, rollouts = setting()
-    ours = learner(raw)
+    _, config, _, params, rollouts = setting()
+    ours = learner()
     batch = cases.pack_by_hand(rollouts, config, rows=rows)
     state, _ = ours.update(ours.init_state(copy(params)), batch)
     before = jax.tree.map(np.array, state)
@@ -193,23 +189,19 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_skipped_and_counted(row
     assert not same_bits(before.params, state.params) and metrics["skipped_updates"] == 1
 
 
-@pytest.mark.parametrize("rows", [2, 4])
-def test_a_frozen_tower_keeps_its_bits_and_has_no_moments(rows):
-    raw, config, _, params, rollouts = setting()
-    ours = learner(raw, freeze_vision=True)
-    batch = cases.pack_by_hand(rollouts, config, rows=rows)
-    gradients, _ = ours.gradients(params, batch)
-    assert_close(gradients, {"language": expected()["language"]})
-    state = ours.init_state(copy(params))
-    state, _ = ours.update(state, batch)
+def test_a_frozen_tower_keeps_its_bits_and_has_no_moments():
+    _, config, _, params, rollouts = setting(True)
+    ours = learner(True, freeze_vision=True, max_grad_norm=1e9, adam_b1=0.0)
+    state, _ = ours.update(ours.init_state(copy(params)), cases.pack_by_hand(rollouts, config, rows=4))
     assert same_bits(state.params["vision"], params["vision"])
-    assert set(state.opt_state.mu) == {"language"}
+    # Without memory and clipping the first moment is the gradient.
+    assert_close(state.opt_state.mu, {"language": expected(True)["language"]})
     assert not same_bits(state.params["language"], params["language"])
 
 
 def test_with_more_updates_per_rollout_the_ratio_divides_by_the_given_log_probs():
-    raw, config, net, params, rollouts = setting()
-    ours = learner(raw, epochs=2)
+    _, config, net, params, rollouts = setting()
+    ours = learner(epochs=2)
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     now = ours.log_probs(params, batch)
     batch = dataclasses.replace(batch, old_log_probs=np.where(batch.mask > 0, now - 0.1, 0).astype(np.float32))
@@ -226,9 +218,9 @@ def test_with_more_updates_per_rollout_the_ratio_divides_by_the_given_log_probs(
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference():
-    raw, config, net, params, rollouts = setting()
+    _, config, net, params, rollouts = setting()
     algorithm = AlgorithmConfig(kl_coefficient=0.5, kl_estimator="k2", kl_placement="loss")
-    ours = learner(raw, algorithm=algorithm)
+    ours = learner(algorithm=algorithm)
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     now = ours.log_probs(params, batch)
     reference = np.where(batch.mask > 0, now + 0.2, 0).astype(np.float32)
