@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.errors import UserError
+from weights_bridge.errors import CheckpointError
+
+WORK = ("evaluations.jsonl", "metrics.jsonl")
+"""Files of which a run has one as soon as it has done anything."""
 
 
-def open_run_folder(config: TrainConfig) -> Path:
-    """Creates the run's folder and writes `config.json`, every field resolved.
+@contextlib.contextmanager
+def open_run_folder(config: TrainConfig) -> Iterator[Path]:
+    """The run's folder, with `config.json` in it, every field resolved.
+
+    Where wrong input ends the run before it has done anything, the folder is left as empty as it was found, so that
+    the mended command is not refused.
 
     Raises:
       UserError: the folder is not empty and `run.resume` is not set, or it cannot be made.
@@ -27,7 +38,12 @@ def open_run_folder(config: TrainConfig) -> Path:
         raise UserError(f"--run.dir {folder} is not empty: choose another folder, or --resume to go on with that run")
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(config))
-    return folder
+    try:
+        yield folder
+    except (UserError, CheckpointError):
+        if not occupied and not any((folder / name).exists() for name in WORK):
+            shutil.rmtree(folder)
+        raise
 
 
 def write_json(path: Path, content: object) -> None:

@@ -41,10 +41,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from weights_bridge.run_checkpoint import copy_side_files
 
     registry.check(config)
-    folder = open_run_folder(config)
-    resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
-
     with contextlib.ExitStack() as open_parts:
+        folder = open_parts.enter_context(open_run_folder(config))
+        resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
         policy = assembly.assemble_policy(config)

@@ -11,6 +11,7 @@ never run.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import warnings
 from collections.abc import Sequence
@@ -163,6 +164,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(folder: Path) -> Any:
+    # transformers would say on stderr that it has no torch, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):

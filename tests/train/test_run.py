@@ -1,0 +1,146 @@
+"""A whole run of the embedded default, small: what it leaves, what it refuses, how it stops and goes on."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--config configs/rloo.py --run.steps 3 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
+    "--checkpoint.every 2"
+).split()
+
+
+def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.dir", str(folder), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    done = train(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_a_run_leaves_its_folder_whole(finished):
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "skipped.jsonl", "summary.json", "tb"):
+        assert (finished / name).exists(), name
+    assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [2, 3]
+    assert (finished / "model" / "config.json").exists()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert summary["evaluation"]["before"]["prompts"] == summary["evaluation"]["after"]["prompts"] == 8
+    assert set(summary["seconds"]) >= {"total", "rollout", "score", "learn", "sync", "evaluate"}
+
+
+def test_every_metric_of_a_run_stands_in_the_docs_table(finished):
+    documented = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)?)`", (ROOT / "docs" / "metrics.md").read_text()))
+    for record in lines(finished / "metrics.jsonl"):
+        assert set(record) <= documented, set(record) - documented
+    wanted = (
+        "step reward/mean reward/accuracy reward/format completion/length completion/truncated kl loss/policy grad_norm "
+        "learning_rate gap/mean gap/max tokens_per_second time/rollout time/score time/learn time/sync "
+        "compiled_programs skipped"
+    ).split()
+    assert set(wanted) <= set(record)
+
+
+def test_no_program_is_compiled_after_the_first_step(finished):
+    assert json.loads((finished / "summary.json").read_text())["compiled_programs"] == 0
+
+
+def test_sampler_and_learner_agree_in_every_step(finished):
+    assert all(record["gap/max"] < 1e-3 for record in lines(finished / "metrics.jsonl"))
+
+
+def test_samples_hold_prompts_completions_and_reward_parts(finished):
+    sample = lines(finished / "samples.jsonl")[0]
+    assert sample["step"] == 1 and len(sample["completions"]) == 4
+    assert {"accuracy", "format"} <= set(sample["completions"][0]["reward"]["parts"])
+
+
+def test_a_run_exports_to_a_hugging_face_folder_with_other_weights_than_it_started_from(finished, tmp_path):
+    from weights_bridge.load import load
+
+    out = tmp_path / "exported"
+    command = [sys.executable, "-m", "weights_bridge.export", "--checkpoint", str(finished), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after = load(ROOT / "lmmr1_jax" / "assets" / "tiny"), load(out)
+    moved = np.abs(before["language"]["norm"]["scale"] - after["language"]["norm"]["scale"]).max()
+    assert 0 < moved < 0.1
+
+
+def test_a_folder_in_use_is_refused_in_one_line(finished):
+    done = train(finished)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "--resume" in done.stderr
+
+
+def test_a_finished_run_resumes_to_the_same_summary(finished):
+    before = json.loads((finished / "summary.json").read_text())
+    done = train(finished, "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = json.loads((finished / "summary.json").read_text())
+    assert after["steps"] == before["steps"]
+    for when in ("before", "after"):
+        assert after["evaluation"][when]["accuracy"] == before["evaluation"][when]["accuracy"]
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
+    folder = tmp_path / "stopped"
+    settings = ["--run.steps", "300", "--checkpoint.every", "1000", "--eval.size", "4"]
+    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.dir", str(folder), *settings]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    done = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    assert len(done) == 1 and done[0] == len(lines(metrics))
+    # With as many steps as were done, the run has nothing left but its end.
+    ended = train(folder, "--resume", *settings, "--run.steps", str(done[0] + 1))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert [record["step"] for record in lines(metrics)] == list(range(1, done[0] + 2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model.path", "no/such/model"], "no/such/model"),
+        (["--data.path", "no/such/data.jsonl"], "no/such/data.jsonl"),
+        (["--learner.learnin-rate", "1"], "--learner.learnin-rate"),
+        (["--learner.learning-rate", "fast"], "--learner.learning-rate"),
+        (["--algorithm.reward-clip", "3"], "reward_clip"),
+        (["--rollout.completions", "1"], "rollout.completions"),
+        (["--mesh.tensor", "64"], "mesh"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, named):
+    done = train(tmp_path / "refused", *flags)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.strip() and "[transformers]" not in line]
+    assert len(errors) == 1 and named in errors[0]
+
+
+def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path):
+    command = [sys.executable, "scripts/check_resume.py", "--runs", "2", "--folder", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 runs ended bit-equal" in done.stdout
