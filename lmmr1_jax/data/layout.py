@@ -85,12 +85,14 @@ class MicroBatch:
       free: tokens and slots left in each row.
       groups: groups present, in the order in which their pictures are encoded.
       vision: slots used in each vision row.
+      room: tokens that the emptiest row has left; says no quickly to most of what does not fit.
     """
 
     rows: list[list[Piece]] = dataclasses.field(default_factory=list)
     free: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     groups: list[int] = dataclasses.field(default_factory=list)
     vision: list[int] = dataclasses.field(default_factory=list)
+    room: int | None = None
 
 
 def group_sizes(groups: Sequence[Rollout], vision: VisionConfig | None) -> list[GroupSize]:
@@ -145,6 +147,8 @@ def _place(batches: list[MicroBatch], pieces: list[Piece], pictures: tuple[int, 
 
 
 def _try(batch: MicroBatch, pieces: list[Piece], pictures: tuple[int, ...], shapes: PackShapes) -> bool:
+    if batch.room is not None and max(piece.tokens for piece in pieces) > batch.room:
+        return False
     new_group = pieces[0].group not in batch.groups
     vision = batch.vision
     if new_group and pictures:
@@ -164,6 +168,8 @@ def _try(batch: MicroBatch, pieces: list[Piece], pictures: tuple[int, ...], shap
         free[row] = (free[row][0] - piece.tokens, free[row][1] - piece.slots)
         at.append(row)
     batch.free, batch.vision = free, vision
+    unopened = len(free) < shapes.rows
+    batch.room = shapes.row_length if unopened else max(tokens for tokens, _ in free) if shapes.pack else 0
     batch.rows += [[] for _ in range(len(free) - len(batch.rows))]
     for row, piece in zip(at, pieces, strict=True):
         batch.rows[row].append(piece)

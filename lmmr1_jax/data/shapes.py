@@ -1,14 +1,16 @@
 """How large packed batches are: planned once from the first rollout and the limits, then only ever grown.
 
-Every shape is a compiled program of its own, so a run keeps one. Padding is computed like anything else, so the
-shape is no larger than need be: rows are as long as a group may become, a micro-batch has as many vision rows as the
-first rollout filled. The number of micro-batches costs nothing until it is used and is planned for the worst case.
+Every shape is a compiled program of its own, so a run keeps one. Padding is computed like anything else, so sizes are
+chosen by what the first rollout would cost in them, while the longest completions still fit: groups that have become
+longer than a row are cut. The number of micro-batches costs nothing until it is used: it is planned for the worst.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+
+import numpy as np
 
 from lmmr1_jax.config import LearnerConfig
 from lmmr1_jax.data.layout import GroupSize, PackShapes, first_fit, group_sizes, lay_out
@@ -17,10 +19,12 @@ from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.types import Rollout
 
 LONGEST_ROW = 4096
-"""A row is planned no longer than this for the sake of holding a whole group: attention in a row is quadratic."""
+"""A row is planned longer than this only for a prompt with a completion that are."""
 TOKENS_PER_DEVICE = 4096
 """Row tokens of a micro-batch on each device, if rows are not longer than this."""
 _UNLIMITED = 1 << 40
+_TYPICAL_WIDTH = 1024
+_SAMPLE = 64  # groups that row lengths are tried on
 
 
 def plan_shapes(
@@ -51,19 +55,18 @@ def plan_shapes(
     sizes = group_sizes(groups, vision)
     longest, shortest = max(s.prompt for s in sizes), min(s.prompt for s in sizes)
     generations = max(len(s.completions) for s in sizes)
+    sample = sizes[: min(count, _SAMPLE)]
     limit = max(max_new_tokens, max(max(s.completions, default=0) for s in sizes))
-
-    one, whole = longest + limit - 1, longest + generations * (limit - 1)
-    length = one if not learner.share_prompts else max(one, min(whole, LONGEST_ROW))
-    length = learner.row_length or round_up(length)
-    if length < one:
+    one = longest + limit - 1
+    if 0 < learner.row_length < one:
         raise UserError(
-            f"learner.row_length {length} is shorter than a prompt of {longest} tokens with a completion of {limit}"
+            f"learner.row_length {learner.row_length} is shorter than a prompt of {longest} tokens with a completion "
+            f"of {limit}"
         )
-    slots = limit if not learner.share_prompts else min(generations * limit, length - shortest + generations)
-    shapes = PackShapes(
-        row_length=length,
-        response_slots=max(round_up(slots), limit),
+    whole = longest + generations * (limit - 1) if learner.share_prompts else one
+    free = PackShapes(
+        row_length=0,
+        response_slots=_UNLIMITED,
         rows=1,
         picture_rows=_UNLIMITED,
         picture_slots=_picture_slots(sizes, vision),
@@ -74,10 +77,23 @@ def plan_shapes(
         fixed_row_length=learner.row_length > 0,
         fixed_picture_rows=learner.picture_rows > 0,
     )
-    worst = [GroupSize(longest, (limit,) * generations, s.pictures) for s in (sizes * count)[:count]]
-    shapes = dataclasses.replace(shapes, rows=_rows(worst, shapes, learner, tokens_per_device))
+    lengths = [learner.row_length] if learner.row_length else _row_lengths(one, whole, learner.pack)
+    options = []
+    for length in lengths:
+        shapes = dataclasses.replace(free, row_length=length)
+        filled = max((sum(piece.slots for piece in batch.rows[0]) for batch in lay_out(sample, shapes)), default=1)
+        in_group = generations * limit if learner.share_prompts else limit
+        slots = max(filled, in_group * max(length // whole if learner.pack else 1, 1))
+        slots = min(slots, length - shortest + (length // whole + 1) * generations)
+        shapes = dataclasses.replace(shapes, response_slots=max(round_up(slots), limit))
+        options.append(dataclasses.replace(shapes, rows=_rows(sample, count, shapes, learner, tokens_per_device)))
+    width = _TYPICAL_WIDTH if vision is None else vision.out_hidden_size
+    shapes = min(options, key=lambda option: _cost(sample, option, width))
+
     shapes = dataclasses.replace(shapes, picture_rows=_picture_rows(sizes[:count], shapes, learner))
-    return dataclasses.replace(shapes, micro_batches=len(lay_out(worst, shapes)))
+    worst = [GroupSize(longest, (limit,) * generations, s.pictures) for s in (sizes * count)[:count]]
+    micro_batches = max(1, len(lay_out(worst, shapes)), len(lay_out(sizes[:count], shapes)))
+    return dataclasses.replace(shapes, micro_batches=micro_batches)
 
 
 def grow(shapes: PackShapes, groups: Sequence[Rollout], vision: VisionConfig | None) -> PackShapes:
@@ -112,8 +128,8 @@ def grow(shapes: PackShapes, groups: Sequence[Rollout], vision: VisionConfig | N
 
 
 def round_up(size: int) -> int:
-    """A multiple of 64, of 128 from 1,024 on: few different shapes, little padding."""
-    return _multiple(size, 64 if size <= 1024 else 128)
+    """A multiple of 64, of 128 from 2,048 on: few different shapes, little padding."""
+    return _multiple(size, 64 if size <= 2048 else 128)
 
 
 def _multiple(size: int, of: int) -> int:
@@ -132,17 +148,33 @@ def _picture_slots(sizes: Sequence[GroupSize], vision: VisionConfig | None) -> i
     return 0 if vision is None else _significant(-(-longest // vision.window_slots)) * vision.window_slots
 
 
-def _rows(worst: Sequence[GroupSize], shapes: PackShapes, learner: LearnerConfig, tokens_per_device: int) -> int:
-    """Rows of a micro-batch: as many as the token budget allows, evened out over the micro-batches."""
+def _row_lengths(one: int, whole: int, pack: bool) -> list[int]:
+    """Lengths to choose from, between a prompt with one completion and four whole groups."""
+    most = max(one, min(4 * whole, LONGEST_ROW)) if pack else whole
+    return sorted({round_up(int(size)) for size in (*np.linspace(one, most, 16), max(min(whole, most), one))})
+
+
+def _cost(sizes: Sequence[GroupSize], shapes: PackShapes, width: int) -> float:
+    """What the groups cost in these shapes, padding included, up to a factor: matrix products of some 24 * width^2
+    for each token and layer, attention of 4 * width for each pair of tokens, and the head for each response slot,
+    taken as half of what the layers cost a token."""
+    rows = shapes.rows * len(lay_out(sizes, shapes))
+    return rows * (shapes.row_length * (1 + shapes.row_length / (6 * width)) + shapes.response_slots / 2)
+
+
+def _rows(
+    sample: Sequence[GroupSize], count: int, shapes: PackShapes, learner: LearnerConfig, tokens_per_device: int
+) -> int:
+    """Rows of a micro-batch: as many as the token budget allows, evened out over what `count` groups need."""
     devices = shapes.row_devices
     if learner.rows:
         if learner.rows % devices:
             raise UserError(f"learner.rows {learner.rows} must be a multiple of the {devices} devices that split them")
         return learner.rows
-    needed = len(lay_out(worst, shapes))  # with one row in a micro-batch
+    needed = max(-(-len(lay_out(sample, shapes)) * count // len(sample)), 1)  # with one row in a micro-batch
     most = devices * max(tokens_per_device // shapes.row_length, 1)
-    if any(size.pictures for size in worst):  # a group whose pictures are encoded once must fit as a whole
-        per_group = len(lay_out(worst[:1], shapes))
+    if any(size.pictures for size in sample):  # a group whose pictures are encoded once must fit as a whole
+        per_group = max(max(len(lay_out([size], shapes)) for size in sample), 1)
         most = max(_multiple(most // per_group * per_group, devices), _multiple(per_group, devices))
     micro_batches = -(-needed // most)
     return _multiple(-(-needed // micro_batches), devices)
@@ -159,4 +191,4 @@ def _picture_rows(sizes: Sequence[GroupSize], shapes: PackShapes, learner: Learn
                 "that split them"
             )
         return learner.picture_rows
-    return _multiple(max(1, *(len(batch.vision) for batch in lay_out(sizes, shapes))), shapes.row_devices)
+    return _multiple(max((len(batch.vision) for batch in lay_out(sizes, shapes)), default=1) or 1, shapes.row_devices)

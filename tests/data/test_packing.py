@@ -210,6 +210,26 @@ def test_empty_and_single_token_completions_and_missing_advantages_are_packed():
         assert (batch.advantages == 0).all()
 
 
+def test_groups_of_which_nothing_was_sampled_make_an_empty_batch():
+    groups = [group(np.random.default_rng(0), 0, text=4, lengths=[0, 0], grids=[(1, 2, 2)])]
+    shapes = plan_shapes(groups, learner=LearnerConfig(), max_new_tokens=3, vision=VISION)
+    batch = pack(groups, shapes, VISION, patches_of)
+    check(groups, batch)
+    assert int(batch.micro_batches) == 0 and [len(v) for v in gather(batch.mask, batch, 2)] == [0, 0]
+
+
+def test_rows_are_as_long_as_pays_off():
+    """Groups of full length fill a row of their own to the last 64th; shorter ones share longer rows."""
+    rng = np.random.default_rng(0)
+    full = [group(rng, i, text=65, lengths=[64] * 8) for i in range(8)]
+    shapes = plan_shapes(full, learner=LearnerConfig(), max_new_tokens=64, vision=None)
+    assert (shapes.row_length, shapes.response_slots) == (65 + 8 * 63 + 7, 8 * 64)
+    part = [group(rng, i, text=65, lengths=rng.integers(20, 45, 8)) for i in range(32)]
+    shapes = plan_shapes(part, learner=LearnerConfig(), max_new_tokens=64, vision=None)
+    batch = pack(part, shapes, None, patches_of)
+    assert (batch.segment_ids[: int(batch.micro_batches)] > 0).mean() > 0.75
+
+
 def test_packing_is_a_function_of_its_input():
     groups = make_groups(7, count=10)
     shapes = plan_shapes(groups, learner=LearnerConfig(), max_new_tokens=20, vision=VISION, tokens_per_device=200)
