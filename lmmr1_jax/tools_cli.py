@@ -81,11 +81,17 @@ def _number(text: str, kind: type, holds: Callable[[Any], bool], what: str) -> A
 
 
 def open_processor(args: argparse.Namespace):
-    """The model folder's processor."""
+    """The model folder's processor.
+
+    Raises:
+      UserError: no such folder, or no such data: said before anything is loaded or written.
+    """
     from lmmr1_jax.data.processor import Processor
 
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model}: no such folder")
+    if not Path(args.data).is_file():
+        raise UserError(f"--data {args.data}: no such file")
     return Processor(
         args.model,
         min_pixels=args.min_pixels,
