@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 
 from lmmr1_jax.compilation import enable_compilation_cache
 from lmmr1_jax.config import ModelConfig, TrainConfig
-from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.feeder import PromptFeeder
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
@@ -26,7 +24,7 @@ from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.rewards.pool import Verifier
 from lmmr1_jax.rollout.jax_sampler import JaxSampler
 from lmmr1_jax.tasks.shapes import shape_prompts
-from lmmr1_jax.types import EncodedPrompt, Prompt
+from lmmr1_jax.types import Prompt
 from weights_bridge.layout import layout, logical_axes
 from weights_bridge.load import load
 
@@ -151,16 +149,6 @@ def build_feeder(config: TrainConfig, prompts: list[Prompt], processor: Processo
     """The prompts to train on, in the run's order."""
     cursor = PromptCursor(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
     return PromptFeeder(cursor, processor, skips, workers=config.data.workers)
-
-
-def encode_each(prompts: list[Prompt], processor: Processor, skips: SkipLog) -> Iterator[EncodedPrompt]:
-    """Prompts encoded one after the other; one that can't be used is counted and taken out of the list."""
-    for prompt in list(prompts):
-        try:
-            yield processor.encode(prompt)
-        except SkipPrompt as fault:
-            skips.add(prompt.file, prompt.row, fault.reason, fault.detail)
-            prompts.remove(prompt)
 
 
 def count_steps(config: TrainConfig, prompts: int) -> int:

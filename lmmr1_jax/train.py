@@ -28,6 +28,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     from lmmr1_jax import assembly
     from lmmr1_jax.algorithms import registry
+    from lmmr1_jax.data.held_out import HeldOut
     from lmmr1_jax.data.skips import SkipLog
     from lmmr1_jax.gap_watch import GapWatch
     from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
@@ -47,7 +48,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
         policy = assembly.assemble_policy(config)
-        prompts, held_out = assembly.read_data(config, policy.processor, verifier, skips)
+        prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
+        held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
         feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
         open_parts.callback(feeder.close)
         total_steps = assembly.count_steps(config, len(prompts))
@@ -59,7 +61,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         copy_side_files(policy.source, folder / "model")
 
         # Where the run stands: `done` steps lie behind it, and these parts remember something between steps.
-        remembering = {"feeder": feeder, "skips": skips, "shapes": step, "gap": gap}
+        remembering = {"feeder": feeder, "held_out": held_out, "skips": skips, "shapes": step, "gap": gap}
         if resumes:
             done, state, memory = checkpoints.restore_newest(learner.abstract_state())
             for name, part in remembering.items():
@@ -74,14 +76,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         stop = open_parts.enter_context(StopSignal())
 
         def evaluate_policy() -> float | None:
-            if not held_out:
+            if not held_out.prompts:
                 return None
             with (watch := Stopwatch())("evaluate"):
                 result = evaluate(
                     policy.sampler,
                     policy.processor.decode,
                     verifier,
-                    assembly.encode_each(held_out, policy.processor, skips),
+                    held_out.encoded(),
                     key=sampling_key(config.run.seed, done),
                     max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
                 )
@@ -123,7 +125,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 done,
                 metrics
                 | {f"time/{phase}": seconds for phase, seconds in watch.seconds.items()}
-                | {"tokens_per_second": tokens / watch.total, "skipped": skips.total},
+                | {"tokens_per_second": tokens / watch.total, "skipped": skips.total, "animated": feeder.animated},
                 rollouts,
             )
             if warning := gap.observe(done, metrics["gap/mean"]):
