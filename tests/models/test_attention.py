@@ -1,5 +1,7 @@
 """The one attention function against a dense softmax with the mask written out, values and gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from lmmr1_jax.models import attention
 from lmmr1_jax.models.attention import attend
 
 
+@jax.jit
 def dense(q, k, v, seen):
     repeated = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, repeated, 2), jnp.repeat(v, repeated, 2)
@@ -16,6 +19,17 @@ def dense(q, k, v, seen):
     scores = jnp.where(seen[:, None], scores, -1e9)
     weights = jnp.where(seen[:, None].any(-1, keepdims=True), jax.nn.softmax(scores), 0)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def value_and_pullback(function, cotangent, *arguments):
+    """The function's value and its vector-Jacobian products, in one program."""
+
+    @jax.jit
+    def run(*arguments):
+        value, pull = jax.vjp(function, *arguments)
+        return value, *pull(cotangent)
+
+    return run(*arguments)
 
 
 def packed_row(lengths, total):
@@ -53,20 +67,19 @@ def test_packed_rows_see_their_own_segment_and_their_prompt_only(block, monkeypa
     def ours(q, k, v):
         return attend(q, k, v, query_segments=segments, query_prefixes=prefixes, key_segments=segments)
 
-    out, pull = jax.vjp(ours, q, k, v)
-    expected, pull_dense = jax.vjp(lambda q, k, v: dense(q, k, v, seen), q, k, v)
-    for a, b in zip([out, *pull(cotangent)], [expected, *pull_dense(cotangent)], strict=True):
+    got = value_and_pullback(ours, cotangent, q, k, v)
+    expected = value_and_pullback(lambda q, k, v: dense(q, k, v, seen), cotangent, q, k, v)
+    for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
-    assert not np.any(out[segments == 0])
+    assert not np.any(np.asarray(got[0])[segments == 0])
 
 
 def test_explicit_indices_order_queries_against_a_cache():
     q, k, v = arrays(3, 10)
     query_index, key_index = np.array([[7, 8, 9], [2, 3, 4]]), np.tile(np.arange(10), (2, 1))
     ones = np.ones((2, 10), np.int32)
-    out = attend(
-        q, k, v, query_segments=ones[:, :3], key_segments=ones, query_index=query_index, key_index=key_index
-    )
+    order = dict(query_index=query_index, key_index=key_index)
+    out = jax.jit(functools.partial(attend, query_segments=ones[:, :3], key_segments=ones, **order))(q, k, v)
     expected = dense(q, k, v, key_index[:, None] <= query_index[:, :, None])
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
@@ -74,7 +87,8 @@ def test_explicit_indices_order_queries_against_a_cache():
 def test_without_causality_whole_segments_see_each_other():
     q, k, v = arrays(12, 12, kv_heads=4)
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 12])
-    out = attend(q, k, v, query_segments=segments, key_segments=segments, causal=False)
+    sees_all = functools.partial(attend, query_segments=segments, key_segments=segments, causal=False)
+    out = jax.jit(sees_all)(q, k, v)
     seen = (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
     np.testing.assert_allclose(out, dense(q, k, v, seen), atol=1e-5)
 
@@ -82,10 +96,12 @@ def test_without_causality_whole_segments_see_each_other():
 def test_a_query_that_sees_nothing_gives_zero_and_a_finite_gradient():
     q, k, v = arrays(4, 4)
     segments = np.zeros((2, 4), np.int32)
-    out, pull = jax.vjp(lambda *qkv: attend(*qkv, query_segments=segments, key_segments=segments), q, k, v)
-    assert not np.any(out)
-    for gradient in pull(jnp.ones_like(out)):
-        assert not np.any(gradient)
+
+    def blind(q, k, v):
+        return attend(q, k, v, query_segments=segments, key_segments=segments)
+
+    for array in value_and_pullback(blind, jnp.ones_like(q), q, k, v):
+        assert not np.any(array)
 
 
 def test_lengths_that_differ_need_indices():
@@ -97,7 +113,8 @@ def test_lengths_that_differ_need_indices():
 def test_bfloat16_inputs_keep_a_float32_softmax():
     q, k, v = arrays(16, 16)
     ones = np.ones((2, 16), np.int32)
-    exact = attend(q, k, v, query_segments=ones, key_segments=ones)
-    rough = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), query_segments=ones, key_segments=ones)
+    sees_all = jax.jit(functools.partial(attend, query_segments=ones, key_segments=ones))
+    exact = sees_all(q, k, v)
+    rough = sees_all(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
     assert rough.dtype == jnp.bfloat16
     np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.05)
