@@ -7,6 +7,7 @@ prompt, with logits over the whole vocabulary, and leaves the rest to jax.grad.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,34 @@ def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.
     following = jnp.roll(inputs["tokens"], -1, 1)
     taken = jnp.take_along_axis(jax.nn.log_softmax(logits), following[..., None], -1)[..., 0]
     return jnp.where(inputs["taken"], jnp.roll(taken, 1, 1), 0)
+
+
+@functools.cache
+def _oracle(config: ModelConfig, temperature: float):
+    net = network(config)
+
+    def loss(params, inputs, advantages):
+        return -jnp.sum(advantages * oracle_log_probs(net, params, inputs, temperature)) / jnp.sum(inputs["taken"])
+
+    return jax.jit(jax.grad(loss))
+
+
+def oracle_gradients(net: Network, params, rollouts: list[Rollout], temperature: float = 1.0):
+    """Of -sum(A lp) / T, which is the gradient of the clipped loss where the ratio is 1."""
+    inputs = oracle_inputs(net.config, rollouts)
+    advantages = np.zeros(inputs["tokens"].shape, np.float32)
+    advantages[inputs["taken"]] = np.concatenate([a for r in rollouts for a in r.advantages])
+    return _oracle(net.config, temperature)(params, inputs, advantages)
+
+
+def assert_gradients_close(ours, theirs, limit: float = 1e-5) -> None:
+    """Per tensor, max|difference| <= limit * max|gradient|."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        # A key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
+        scale = max(np.abs(b).max(), 1e-6)
+        assert np.abs(a - b).max() <= limit * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
 
 
 def pack_by_hand(rollouts: list[Rollout], config: ModelConfig, *, rows: int, length: int = 64, slots: int = 32):

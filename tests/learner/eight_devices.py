@@ -1,0 +1,83 @@
+"""Run by test_devices.py in a process that has eight simulated devices: prints what it found as one line of JSON."""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import numpy as np
+import packed_cases as cases
+
+from lmmr1_jax.config import LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.data.packing import PackShapes, pack
+from lmmr1_jax.learner.checkpoint import Checkpoints
+from lmmr1_jax.learner.sharding import activation_constraint, make_mesh
+from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.models.config import parse_config
+from weights_bridge.layout import layout, logical_axes
+
+SHAPES = PackShapes(
+    row_length=64, response_slots=32, rows=8, picture_rows=8, picture_slots=64, micro_batches=2,
+    share_prompts=False, pack=False, row_devices=8,
+)  # fmt: skip
+MESHES = {"one": (1, 1, 1), "data and tensor": (2, 1, 2), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
+
+
+def learner_on(sizes):
+    raw = cases.hf_config()
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    net = cases.network(parse_config(raw), constrain=activation_constraint(mesh))
+    config = TrainConfig(learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64))
+    return Learner(net, config, mesh, logical_axes(layout(raw)), 10, banned_ids=cases.BANNED)
+
+
+def relative(ours, theirs):
+    """The largest difference of any tensor, relative to that tensor's largest number."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.abs(np.subtract(a, b)).max() / max(np.abs(b).max(), 1e-6)) for a, b in pairs)
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def main():
+    config = parse_config(cases.hf_config())
+    rollouts = cases.random_rollouts(config)
+    params = host(cases.random_params(cases.network(config)))
+    batch = pack(rollouts, SHAPES, config.vision, cases.patches_of)
+    found = {"devices": jax.device_count(), "micro_batches": int(batch.micro_batches)}
+    first = None
+    folder = pathlib.Path(tempfile.mkdtemp()) / "checkpoints"
+    for name, sizes in MESHES.items():
+        learner = learner_on(sizes)
+        state = learner.init_state(jax.tree.map(jax.numpy.array, params))
+        state, metrics = learner.update(state, batch)
+        kernel = state.params["language"]["layers"]["gate"]["kernel"]
+        moment = state.opt_state.mu["language"]["layers"]["gate"]["kernel"]
+        # Adam's first moment after one update is the gradient, scaled.
+        mine = {"gradient": host(state.opt_state.mu), "metrics": metrics, "state": host(state)}
+        if first is None:
+            first = mine
+            checkpoints = Checkpoints(folder, keep=1)
+            checkpoints.save(1, state, {"from": name})
+            checkpoints.close()
+            continue
+        _, restored, _ = Checkpoints(folder, keep=1).restore_newest(learner.abstract_state())
+        saved = zip(jax.tree.leaves(host(restored)), jax.tree.leaves(first["state"]), strict=True)
+        same_bits = all(a.tobytes() == b.tobytes() for a, b in saved)
+        again, _ = learner.update(restored, batch)
+        found[name] = {
+            "gradient": relative(mine["gradient"], first["gradient"]),
+            "metrics": {key: [metrics[key], first["metrics"][key]] for key in metrics},
+            "shard": [kernel.size, kernel.addressable_shards[0].data.size],
+            "moments_shard": moment.addressable_shards[0].data.size,
+            "restored_bits": same_bits,
+            "went_on": int(again.step),
+        }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

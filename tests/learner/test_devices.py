@@ -1,0 +1,51 @@
+"""Device count and mesh shape change speed, never the loss or the gradient; a checkpoint goes on on any of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+MESHES = ("data and tensor", "fsdp", "all")
+
+
+@pytest.fixture(scope="module")
+def found():
+    root = HERE.parent.parent
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(root), str(HERE.parent)]),
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "eight_devices.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_are_simulated_and_gradients_are_accumulated(found):
+    assert found["devices"] == 8 and found["micro_batches"] == 2
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_mesh_shape_leaves_loss_and_gradient_alone(found, mesh):
+    assert found[mesh]["gradient"] <= 1e-5
+    for name, (ours, theirs) in found[mesh]["metrics"].items():
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("mesh, parts", zip(MESHES, (2, 8, 4), strict=True))
+def test_weights_and_moments_are_split_as_the_rules_say(found, mesh, parts):
+    whole, shard = found[mesh]["shard"]
+    assert shard * parts == whole
+    assert found[mesh]["moments_shard"] == shard
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_checkpoint_of_one_device_is_restored_bit_for_bit_on_another_mesh_and_goes_on(found, mesh):
+    assert found[mesh]["restored_bits"]
+    assert found[mesh]["went_on"] == 2

@@ -1,0 +1,54 @@
+"""How a minibatch is packed changes speed, never the loss or the gradient (in float32, to 1e-5 per tensor)."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import packed_cases as cases
+import pytest
+
+from lmmr1_jax.config import LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.data.packing import PackShapes, pack
+from lmmr1_jax.learner.sharding import make_mesh
+from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.models.config import parse_config
+from weights_bridge.layout import layout, logical_axes
+
+# Large enough for every way of packing: one shape, one compiled program.
+SHAPES = PackShapes(
+    row_length=64, response_slots=32, rows=2, picture_rows=4, picture_slots=64, micro_batches=6,
+    share_prompts=True, pack=True,
+)  # fmt: skip
+
+
+@functools.cache
+def setting():
+    raw = cases.hf_config()
+    net = cases.network(parse_config(raw))
+    config = TrainConfig(learner=LearnerConfig(logprob_chunk=32))
+    learner = Learner(
+        net, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(raw)), 10, banned_ids=cases.BANNED
+    )
+    params, rollouts = cases.random_params(net), cases.random_rollouts(net.config)
+    return learner, params, rollouts, cases.oracle_gradients(net, params, rollouts)
+
+
+@pytest.mark.parametrize(
+    "options, at_least",
+    [
+        ({}, 1),
+        ({"share_prompts": False}, 2),
+        ({"pack": False}, 2),
+        ({"share_prompts": False, "pack": False}, 4),
+        ({"row_length": 26, "response_slots": 16, "rows": 3}, 2),  # groups are cut over rows
+        ({"row_length": 192, "response_slots": 96, "micro_batches": 1}, 1),
+    ],
+)
+def test_packing_leaves_loss_and_gradient_alone(options, at_least):
+    learner, params, rollouts, expected = setting()
+    batch = pack(rollouts, dataclasses.replace(SHAPES, **options), learner.network.config.vision, cases.patches_of)
+    assert int(batch.micro_batches) >= at_least
+    gradients, metrics = learner.gradients(params, batch)
+    cases.assert_gradients_close(gradients, expected)
+    advantages = np.concatenate([a for r in rollouts for a in r.advantages])
+    np.testing.assert_allclose(metrics["loss/policy"], -advantages.mean(), rtol=1e-5)
