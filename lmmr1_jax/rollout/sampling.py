@@ -49,7 +49,8 @@ def draw_tokens(
     highest = jnp.max(logits, 0)
     weights = jnp.exp(blocks - highest)
     kept = weights if top_p is None and top_k is None else _truncate(weights, top_p, top_k)
-    masses = jnp.sum(weights, 1)
+    # XLA would turn the sum of these sums into a second pass over the whole vocabulary.
+    masses = jax.lax.optimization_barrier(jnp.sum(weights, 1))
     block = _choose(masses if kept is weights else jnp.sum(kept, 1), uniforms[0])
     rows = jnp.arange(batch)
     inside = blocks[block, :, rows]
