@@ -128,6 +128,7 @@ def restore(folder: str | Path, abstract: TrainState) -> tuple[TrainState, dict[
     arguments = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype), tree
     )
+    _check_shapes(folder / "state", tree)
     with ocp.Checkpointer(_handler()) as reader:
         items = reader.restore(
             folder,
@@ -135,10 +136,17 @@ def restore(folder: str | Path, abstract: TrainState) -> tuple[TrainState, dict[
                 state=ocp.args.PyTreeRestore(item=tree, restore_args=arguments), extras=ocp.args.JsonRestore()
             ),
         )
-    for leaf, wanted in zip(jax.tree.leaves(items.state), jax.tree.leaves(tree), strict=True):
-        if leaf.shape != wanted.shape:
-            raise ValueError(f"a parameter has shape {leaf.shape}, the model's is {wanted.shape}")
     return from_dict(items.state), items.extras["extras"]
+
+
+def _check_shapes(folder: Path, tree: dict[str, Any]) -> None:
+    # Looked up before anything is read: Orbax would cut or pad an array of another shape to fit.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.metadata(folder).item_metadata.tree
+    stored = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
+    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+    if stored != wanted:
+        raise ValueError("its parameters have other names or shapes than the model's")
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
