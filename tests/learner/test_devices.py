@@ -16,7 +16,7 @@ MESHES = ("data and tensor", "fsdp", "all")
 def found():
     root = HERE.parent.parent
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(root), str(HERE.parent)]),
     }
