@@ -12,7 +12,8 @@ What it knows is put there in two stages, both from generated pictures that no t
        careful   <think> $1+0+2=3$ </think><answer> $\\boxed{3}$ </answer>     counts every row, then adds
        hasty     <think> $1+0=1$ </think><answer> $\\boxed{1}$ </answer>       forgets the last row
 
-   First both weigh the same, then the hasty one weighs more, so that greedy decoding is hasty and a sample is careful
+   First both weigh the same and the prompts come without their long system prompt, which makes them half as long;
+   then with it, and the hasty habit weighs more, so that greedy decoding is hasty and a sample is careful
    now and then. The model that ships therefore sees well, always answers in the right form, and is wrong whenever
    the last row mattered: a weakness put there on purpose, which reinforcement learning has to find and mend. No
    label is noise: a hasty answer is the exact count of the first two rows.
@@ -24,12 +25,10 @@ learner, with a habit's weight as its demonstrations' advantage.
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ import numpy as np
 import optax
 
 from lmmr1_jax.algorithms.registry import updates_per_rollout
-from lmmr1_jax.config import LearnerConfig, MeshConfig, RewardsConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.config import LearnerConfig, MeshConfig, RewardsConfig, TrainConfig
 from lmmr1_jax.data.packing import grow, pack, plan_shapes
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.sharding import make_mesh
@@ -56,7 +55,7 @@ from lmmr1_jax.tasks.shapes import (
     draw_scene,
     shape_prompts,
 )
-from lmmr1_jax.types import FINISH_STOP, Completion, EncodedPrompt, Reward, Rollout
+from lmmr1_jax.types import FINISH_STOP, Completion, PackedBatch, Reward, Rollout
 from weights_bridge.export import export
 from weights_bridge.layout import layout, logical_axes
 from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
@@ -64,6 +63,7 @@ from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
 SEED = 7_000_001
 """Of weights and pictures; runs count their seeds from 0."""
 EMPTY = "empty"
+EMBEDDING_SCALE = 0.1
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
@@ -222,20 +222,21 @@ def write_side_files(folder: Path) -> None:
         },
     )
     # The dtypes that the weights will have, for the export: there are no weights yet.
-    _write_json(folder / SOURCE_DTYPES_FILE, {entry.hf_name: "F32" for entry in layout(config)})
+    _write_json(folder / SOURCE_DTYPES_FILE, {entry.hf_name: "float32" for entry in layout(config)})
 
 
 def initial_params(network: Network, seed: int) -> Params:
-    """Random parameters: embeddings with scale 0.02, kernels with 1/sqrt(inputs), with which a narrow model learns
-    several times faster than with Qwen's 0.02 for all."""
+    """Random parameters. Kernels have the scale 1/sqrt(inputs), with which a narrow model learns several times faster
+    than with Qwen's 0.02 for all; embeddings have 0.1, so that training moves words no further than they are apart."""
 
     def rescale(path, leaf):
-        return leaf / (INIT_SCALE * leaf.shape[-2] ** 0.5) if path[-1].key == "kernel" and leaf.ndim < 4 else leaf
+        names = [key.key for key in path]
+        if names[-1] == "kernel":
+            inputs = leaf.shape[1] if "qkv" in names else leaf.shape[-2]
+            return leaf / (INIT_SCALE * inputs**0.5) * (EMBEDDING_SCALE if "fc2" in names else 1.0)
+        return leaf * (EMBEDDING_SCALE / INIT_SCALE) if names[-1] == "embedding" else leaf
 
-    params = jax.tree_util.tree_map_with_path(rescale, network.init(jax.random.key(seed)))
-    qkv = params["vision"]["blocks"]["qkv"]
-    qkv["kernel"] = qkv["kernel"] / (INIT_SCALE * qkv["kernel"].shape[1] ** 0.5)
-    return params
+    return jax.tree_util.tree_map_with_path(rescale, network.init(jax.random.key(seed)))
 
 
 def align(params: Params, network: Network, processor: Processor, *, steps: int, batch: int, rate: float) -> Params:
@@ -277,71 +278,84 @@ def align(params: Params, network: Network, processor: Processor, *, steps: int,
 
 
 def demonstrations(
-    processor: Processor, start: int, count: int, weights: tuple[float, float], pool: ThreadPoolExecutor
+    processor: Processor, start: int, count: int, weights: tuple[float, float], *, system_prompt: bool
 ) -> list[Rollout]:
     """Groups of a careful and a hasty demonstration, their advantages the habits' weights."""
-
-    def group(encoded: EncodedPrompt, scene: Scene) -> Rollout:
+    groups = []
+    for offset, prompt in enumerate(shape_prompts("train", count, SEED, start)):
+        scene = draw_scene("train", start + offset, SEED)
+        if not system_prompt:
+            empty = {"role": "system", "content": ""}
+            prompt = dataclasses.replace(prompt, messages=[empty, *prompt.messages[1:]])
         completions, advantages = [], []
         for hasty, weight in zip((False, True), weights, strict=True):
+            if not weight:
+                continue
             ids = processor.encode_text(demonstration(scene, hasty=hasty) + "<|im_end|>")
             completions.append(Completion(ids, np.zeros(len(ids), np.float32), FINISH_STOP, np.zeros_like(ids)))
             advantages.append(np.full(len(ids), weight, np.float32))
-        return Rollout(encoded, tuple(completions), (Reward(0.0, {}),) * 2, tuple(advantages))
-
-    prompts = shape_prompts("train", count, SEED, start)
-    scenes = [draw_scene("train", start + i, SEED) for i in range(count)]
-    return [group(e, s) for e, s in zip(pool.map(processor.encode, prompts), scenes, strict=True)]
+        rewards = (Reward(0.0, {}),) * len(completions)
+        groups.append(Rollout(processor.encode(prompt), tuple(completions), rewards, tuple(advantages)))
+    return groups
 
 
 def warm_up(
     params: Params, network: Network, processor: Processor, axes: Any, *,
-    phases: Sequence[tuple[int, float]], batch: int, rate: float,
+    steps: int, hasty: float, system_prompt: bool, first: int, batch: int, rate: float,
 ) -> Params:  # fmt: skip
     """Stage 2: maximum likelihood of the demonstrations.
 
     Args:
-      phases: updates, and the share of the hasty habit in them.
+      steps: updates.
+      hasty: weight of the hasty habit, from 0 to 1.
+      system_prompt: whether the prompts have theirs; without it they are half as long.
+      first: number of the first picture.
+      rate: peak learning rate. Words learn at a tenth of it and the vision tower not at all, so that they stay
+        aligned: with all three moving the model was still guessing after 200 updates, so it counts after 350.
     """
-    total = sum(steps for steps, _ in phases)
-    config = TrainConfig(
-        rollout=RolloutConfig(prompts=batch, completions=2, max_new_tokens=20),
-        learner=LearnerConfig(
-            learning_rate=rate, warmup_ratio=0.05, min_learning_rate_ratio=0.03, adam_b2=0.98, weight_decay=0.01,
-            remat="none",
-        ),
-    )  # fmt: skip
+    config = TrainConfig(learner=LearnerConfig(remat="none"))
     assert updates_per_rollout(config) == 1  # the ratio is then 1, and the loss's gradient that of the likelihood
-    mesh = make_mesh(MeshConfig())
-    learner = Learner(network, config, mesh, axes, total, banned_ids=processor.banned_ids)
-    state, vision, shapes, start = learner.init_state(params), network.config.vision, None, time.perf_counter()
-    shares = itertools.chain.from_iterable([share] * steps for steps, share in phases)
-    with ThreadPoolExecutor(1) as pool:
-        for number, share in enumerate(shares):
-            groups = demonstrations(processor, number * batch, batch, (1 - share, share), pool)
-            if shapes is None:
-                shapes = plan_shapes(groups, learner=config.learner, max_new_tokens=18, vision=vision)
-            shapes = grow(shapes, groups, vision)
-            state, metrics = learner.update(state, pack(groups, shapes, vision, processor.patches))
-            if number % 50 == 0 or number == total - 1:
-                accuracy = _digits_right(learner, state.params, groups, shapes, processor)
-                seconds = time.perf_counter() - start
-                print(
-                    f"warm-up {number:4d}: careful demonstrations predicted {accuracy}, entropy "
-                    f"{metrics['entropy']:.4f}, {seconds:.0f} s",
-                    flush=True,
-                )
-    return state.params
+    learner = Learner(network, config, make_mesh(MeshConfig()), axes, steps, banned_ids=processor.banned_ids)
+    schedule = optax.warmup_cosine_decay_schedule(rate / 100, rate, steps // 10, steps, rate / 30)
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: "vision" if path[0].key == "vision" else "words" if path[1].key == "embed" else "rest", params
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, b2=0.98, weight_decay=0.01),
+        optax.multi_transform(
+            {"vision": optax.set_to_zero(), "words": optax.scale(0.1), "rest": optax.identity()}, labels
+        ),
+    )
+
+    @jax.jit
+    def apply(params, moments, gradients):
+        updates, moments = optimizer.update(gradients, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    moments, vision, shapes, start = optimizer.init(params), network.config.vision, None, time.perf_counter()
+    for number in range(steps):
+        groups = demonstrations(
+            processor, first + number * batch, batch, (1 - hasty, hasty), system_prompt=system_prompt
+        )
+        if shapes is None:
+            shapes = plan_shapes(groups, learner=config.learner, max_new_tokens=17, vision=vision)
+        shapes = grow(shapes, groups, vision)
+        packed = pack(groups, shapes, vision, processor.patches)
+        if number % 25 == 0 or number == steps - 1:
+            likely = _likelihoods(learner.log_probs(params, packed), packed).reshape(batch, -1).mean(0).round(3)
+            print(f"warm-up {number:4d}: careful and hasty {likely}, {time.perf_counter() - start:.0f} s", flush=True)
+        gradients, _ = learner.gradients(params, packed)
+        params, moments = apply(params, moments, gradients)
+    return params
 
 
-def _digits_right(learner: Learner, params: Params, groups, shapes, processor: Processor) -> str:
-    """The probability of whole careful demonstrations, and of the hasty ones, averaged over the batch."""
-    packed = pack(groups, shapes, learner.network.config.vision, processor.patches)
-    log_probs = learner.log_probs(params, packed)
+def _likelihoods(log_probs: np.ndarray, packed: PackedBatch) -> np.ndarray:
+    """The probability of each demonstration, in the order of completions."""
+    held = packed.completion >= 0
     totals = np.zeros(int(packed.completions_total))
-    np.add.at(totals, packed.completion[packed.completion >= 0], log_probs[packed.completion >= 0])
-    careful, hasty = np.exp(totals[0::2]).mean(), np.exp(totals[1::2]).mean()
-    return f"{careful:.3f}, hasty {hasty:.3f}"
+    np.add.at(totals, packed.completion[held], log_probs[held])
+    return np.exp(totals)
 
 
 def _patches(scene: Scene, processor: Processor) -> np.ndarray:
@@ -383,9 +397,9 @@ def _write_json(path: Path, value: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("lmmr1_jax/assets/tiny"))
-    parser.add_argument("--align-steps", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=350, help="updates in which both habits weigh the same")
-    parser.add_argument("--habit-steps", type=int, default=100, help="updates in which the hasty habit weighs more")
+    parser.add_argument("--align-steps", type=int, default=150)
+    parser.add_argument("--short-steps", type=int, default=400, help="updates without the system prompt")
+    parser.add_argument("--habit-steps", type=int, default=100, help="updates with it, hasty habit preferred")
     parser.add_argument("--hasty", type=float, default=0.7, help="share of the hasty habit in the end")
     parser.add_argument("--batch", type=int, default=64)
     arguments = parser.parse_args()
@@ -399,8 +413,17 @@ def main() -> None:
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
         params = align(params, network, processor, steps=arguments.align_steps, batch=arguments.batch, rate=3e-3)
         axes = logical_axes(layout(json.loads((folder / "config.json").read_text())))
-        phases = [(arguments.steps, 0.5), (arguments.habit_steps, arguments.hasty)]
-        params = warm_up(params, network, processor, axes, phases=phases, batch=arguments.batch, rate=3e-3)
+        batch = arguments.batch
+        common = dict(batch=batch, rate=3e-3)
+        params = warm_up(
+            params, network, processor, axes,
+            steps=arguments.short_steps, hasty=0.0, system_prompt=False, first=0, **common,
+        )  # fmt: skip
+        params = warm_up(
+            params, network, processor, axes,
+            steps=arguments.habit_steps, hasty=arguments.hasty, system_prompt=True,
+            first=arguments.short_steps * batch, **common,
+        )  # fmt: skip
         export(params, folder, arguments.out)
     print(json.dumps(measure(params, network, processor), indent=2))
 
