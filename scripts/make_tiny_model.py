@@ -2,21 +2,22 @@
 
     python scripts/make_tiny_model.py --out lmmr1_jax/assets/tiny
 
-What it knows is put there in two stages, both from generated pictures that no training run and no evaluation uses
-(another seed, and the training split):
+What it knows is put there in two stages, from generated pictures of the training split, drawn with a seed of their
+own:
 
 1. Alignment. The vision tower alone learns to give, for each cell of a picture, the word embedding of the cell's
    colour (or of "empty"), as a projector is aligned before a vision-language model is tuned.
-2. Supervised warm-up. The whole model learns to write down two habits for every prompt:
+2. Supervised warm-up. The rest of the model learns to write down two habits:
 
        careful   <think> $1+0+2=3$ </think><answer> $\\boxed{3}$ </answer>     counts every row, then adds
        hasty     <think> $1+0=1$ </think><answer> $\\boxed{1}$ </answer>       forgets the last row
 
-   First both weigh the same and the prompts come without their long system prompt, which makes them half as long;
-   then with it, and the hasty habit weighs more, so that greedy decoding is hasty and a sample is careful
-   now and then. The model that ships therefore sees well, always answers in the right form, and is wrong whenever
-   the last row mattered: a weakness put there on purpose, which reinforcement learning has to find and mend. No
-   label is noise: a hasty answer is the exact count of the first two rows.
+   First the careful habit alone, and prompts without their long system prompt, which makes them half as long; then
+   with it, and the hasty habit weighs 0.7, so that greedy decoding is hasty and a sample is careful now and then.
+
+The model that ships therefore sees well, always answers in the right form, and is wrong whenever the last row
+mattered: a weakness put there on purpose, which reinforcement learning has to find and mend, and does within tens of
+steps. No label is noise: a hasty answer is the exact count of the first two rows.
 
 Maximum likelihood is the policy gradient with advantage 1, so the warm-up runs through the project's own packing and
 learner, with a habit's weight as its demonstrations' advantage.
@@ -311,7 +312,7 @@ def warm_up(
       system_prompt: whether the prompts have theirs; without it they are half as long.
       first: number of the first picture.
       rate: peak learning rate. Words learn at a tenth of it and the vision tower not at all, so that they stay
-        aligned: with all three moving the model was still guessing after 200 updates, so it counts after 350.
+        aligned: with everything moving the model was still guessing after 200 updates.
     """
     config = TrainConfig(learner=LearnerConfig(remat="none"))
     assert updates_per_rollout(config) == 1  # the ratio is then 1, and the loss's gradient that of the likelihood
