@@ -46,12 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     different = 0
     for number in range(arguments.runs):
         folder = arguments.folder / f"killed-{number}"
-        moment = rng.uniform(0.1, 0.95) * seconds
-        at = _run_and_kill(folder, settings, moment)
+        killed = _run_and_kill(folder, settings, rng, seconds, _count_lines(whole / "metrics.jsonl"))
         _run_to_the_end(folder, [*settings, "--resume"])
         faults = differences(whole, folder)
         different += bool(faults)
-        print(f"run {number}: killed after {moment:.1f} s, {at}: {'; '.join(faults) or 'equal'}", flush=True)
+        print(f"run {number}: {killed}: {'; '.join(faults) or 'equal'}", flush=True)
     print(f"{arguments.runs - different} of {arguments.runs} runs ended bit-equal to the uninterrupted one")
     return 1 if different else 0
 
@@ -106,16 +105,27 @@ def _run_to_the_end(folder: Path, settings: list[str]) -> float:
     return time.monotonic() - start
 
 
-def _run_and_kill(folder: Path, settings: list[str], moment: float) -> str:
+def _run_and_kill(folder: Path, settings: list[str], rng: random.Random, seconds: float, steps: int) -> str:
+    """Kills a fresh run at a random moment of a random step; in one of four runs while it starts."""
     process = _start(folder, settings)
-    try:
-        process.wait(moment)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    started = time.monotonic()
     metrics = folder / "metrics.jsonl"
-    steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-    return f"{steps} steps done"
+    if rng.random() < 0.25:
+        wait_until = lambda: time.monotonic() - started > moment  # noqa: E731
+        moment = rng.uniform(0.0, 0.5) * seconds
+    else:
+        wait_until = lambda: _count_lines(metrics) >= step  # noqa: E731
+        step = rng.randrange(steps)
+    while process.poll() is None and not wait_until():
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0.0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return f"killed after {time.monotonic() - started:.1f} s with {_count_lines(metrics)} steps done"
+
+
+def _count_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 if __name__ == "__main__":
