@@ -17,11 +17,11 @@ from lmmr1_jax.config import (
 config = TrainConfig(
     run=RunConfig(dir="runs/rloo", steps=100),
     # An answer is 17 tokens long; one that rambles is cut.
-    rollout=RolloutConfig(prompts=32, completions=8, max_new_tokens=24),
+    rollout=RolloutConfig(prompts=32, completions=8, max_new_tokens=20),
     algorithm=AlgorithmConfig(name="rloo"),
     # A model of half a million parameters moves at rates that would ruin a large one. Its activations are small:
     # nothing is worth computing twice.
-    learner=LearnerConfig(learning_rate=2e-4, warmup_ratio=0.05, remat="none"),
+    learner=LearnerConfig(learning_rate=1e-4, warmup_ratio=0.05, remat="none"),
     eval=EvalConfig(every=0),
     checkpoint=CheckpointConfig(every=50),
 )
