@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 128
 """Queries whose scores exist at a time. Blocks are unrolled, so that a causal block skips the keys behind it."""
 MAX_BLOCKS = 16
 """Longer rows get larger blocks: the program's size stays bounded."""
@@ -73,13 +73,8 @@ def attend(
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = (q * width**-0.5).astype(q.dtype).reshape(batch, queries, kv_heads, heads // kv_heads, width)
-    out = _attend(
-        causal and in_order,
-        grouped.transpose(0, 2, 3, 1, 4),  # batch, kv_heads, group, queries, width
-        k.transpose(0, 2, 1, 3),
-        v.transpose(0, 2, 1, 3),
-        mask,
-    )
+    grouped = grouped.transpose(0, 2, 3, 1, 4)  # batch, kv_heads, group, queries, width
+    out = _attend(causal and in_order, grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), mask)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, width)
 
 
@@ -110,7 +105,8 @@ def _backward(in_order: bool, residuals, d_out: Array):
     q, k, v, mask, out, normalizer = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     d_q = []
-    d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    # Gradients of keys and values gather as [..., width, keys]: that way the small operand is the one transposed.
+    d_k, d_v = (jnp.zeros(jnp.swapaxes(x, 2, 3).shape, jnp.float32) for x in (k, v))
     for start, stop, keys in _blocks(in_order, q.shape[3], k.shape[2]):
         q_block, k_block, v_block = q[:, :, :, start:stop], k[:, :, :keys], v[:, :, :keys]
         d_block = d_out[:, :, :, start:stop]
@@ -119,16 +115,19 @@ def _backward(in_order: bool, residuals, d_out: Array):
         weights = jnp.exp(scores - normalizer[:, :, :, start:stop, None])
         d_weights = jnp.einsum("bkgqd,bksd->bkgqs", d_block, v_block, preferred_element_type=jnp.float32)
         d_scores = (weights * (d_weights - delta[:, :, :, start:stop])).astype(q.dtype)
-        weights = weights.astype(v.dtype)
         d_q.append(jnp.einsum("bkgqs,bksd->bkgqd", d_scores, k_block, preferred_element_type=jnp.float32))
-        d_k = d_k.at[:, :, :keys].add(
-            jnp.einsum("bkgqs,bkgqd->bksd", d_scores, q_block, preferred_element_type=jnp.float32)
-        )
-        d_v = d_v.at[:, :, :keys].add(
-            jnp.einsum("bkgqs,bkgqd->bksd", weights, d_block, preferred_element_type=jnp.float32)
-        )
+        d_k = d_k.at[..., :keys].add(_over_queries(q_block, d_scores))
+        d_v = d_v.at[..., :keys].add(_over_queries(d_block, weights.astype(v.dtype)))
     d_q = d_q[0] if len(d_q) == 1 else jnp.concatenate(d_q, 3)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    return d_q.astype(q.dtype), jnp.swapaxes(d_k, 2, 3).astype(k.dtype), jnp.swapaxes(d_v, 2, 3).astype(v.dtype), None
+
+
+def _over_queries(per_query: Array, weights: Array) -> Array:
+    """Sum over a key-value head's group and queries of [..., width] x [..., keys]: float32 [b, k, width, keys]."""
+    batch, kv_heads, group, queries, width = per_query.shape
+    flat = per_query.reshape(batch, kv_heads, group * queries, width)
+    weights = weights.reshape(batch, kv_heads, group * queries, -1)
+    return jnp.einsum("bkdq,bkqs->bkds", jnp.swapaxes(flat, 2, 3), weights, preferred_element_type=jnp.float32)
 
 
 _attend.defvjp(_forward, _backward)
@@ -157,4 +156,6 @@ def _scores(q: Array, k: Array, mask: Mask) -> Array:
     seen = (keys > 0) & ((keys == mask.query_segments[:, :, None]) | (keys == mask.query_prefixes[:, :, None]))
     if mask.query_index is not None:
         seen &= mask.key_index[:, None, :] <= mask.query_index[:, :, None]
-    return jnp.where(seen[:, None, None], scores, _MASKED)
+    # Added, and made once for all heads: XLA's CPU kernels fuse an addition into the product, a selection they don't.
+    bias = jax.lax.optimization_barrier(jnp.where(seen, jnp.float32(0), jnp.float32(_MASKED)))
+    return scores + bias[:, None, None]

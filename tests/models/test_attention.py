@@ -51,7 +51,7 @@ def arrays(queries, keys, seed=0, heads=4, kv_heads=2, width=8, batch=2):
     return [jax.random.normal(r, s) for r, s in zip(rng, shapes, strict=False)]
 
 
-@pytest.mark.parametrize("block", [256, 7])
+@pytest.mark.parametrize("block", [128, 7])
 def test_packed_rows_see_their_own_segment_and_their_prompt_only(block, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     total = 40

@@ -25,9 +25,10 @@ def arrays(seed=0):
     return hidden, embedding, jax.random.randint(keys[2], (ROWS, TOKENS), 5, VOCABULARY)
 
 
-@pytest.mark.parametrize("chunk", [9, 1000])
-@pytest.mark.parametrize(("temperature", "with_ban"), [(1.0, False), (0.6, True)])
-@pytest.mark.parametrize("block", [8, 37, 64])
+@pytest.mark.parametrize(
+    ("chunk", "block", "temperature", "with_ban"),
+    [(9, 8, 1.0, False), (9, 64, 0.6, True), (1000, 8, 0.6, True), (1, 37, 1.0, True)],
+)
 def test_chunked_values_and_gradients_equal_the_dense_ones(block, chunk, temperature, with_ban, monkeypatch):
     monkeypatch.setattr("lmmr1_jax.models.log_probs.CPU_VOCABULARY", block)
     hidden, embedding, targets = arrays()
