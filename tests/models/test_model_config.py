@@ -1,0 +1,102 @@
+"""config.json in both layouts, and what is refused by name."""
+
+import json
+
+import pytest
+
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.models.config import parse_config, read_config
+
+TEXT = dict(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+)
+IDS = dict(image_token_id=7, video_token_id=8, vision_start_token_id=5, vision_end_token_id=6)
+TOWER = dict(
+    depth=4,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    out_hidden_size=64,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    window_size=112,
+    fullatt_block_indexes=[1, 3],
+    tokens_per_second=2,
+)
+OLD = dict(
+    TEXT,
+    **IDS,
+    model_type="qwen2_5_vl",
+    rope_theta=1e6,
+    rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+    tie_word_embeddings=True,
+    use_sliding_window=False,
+    sliding_window=32768,
+    max_window_layers=2,
+    vision_config=dict(TOWER, in_chans=3),
+)
+NEW = dict(
+    IDS,
+    model_type="qwen2_5_vl",
+    tie_word_embeddings=True,
+    text_config=dict(
+        TEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        layer_types=["full_attention"] * 3,
+    ),
+    vision_config=dict(TOWER, in_channels=3),
+)
+
+
+def test_the_old_and_the_new_layout_say_the_same():
+    assert parse_config(OLD) == parse_config(NEW)
+    config = parse_config(OLD)
+    assert config.text.head_dim == 16 and config.text.rope_theta == 1e6 and config.text.tie_word_embeddings
+    assert config.vision.window_slots == 64 and config.vision.patch_values == 1176
+
+
+def test_a_tower_of_qwen2_vl_has_its_width_in_embed_dim():
+    vision = dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=4, num_heads=2)
+    config = parse_config(dict(OLD, model_type="qwen2_vl", vision_config=vision))
+    assert (config.vision.hidden_size, config.vision.out_hidden_size) == (32, 64)
+    assert config.vision.intermediate_size == 128 and config.vision.window_size is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model_type="llama"), "qwen2, qwen2_vl, qwen2_5_vl"),
+        (dict(rope_scaling={"type": "yarn", "mrope_section": [2, 3, 3]}), "'yarn' is not supported"),
+        (dict(rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}), "add up to 8"),
+        (dict(use_sliding_window=True), "sliding-window"),
+        (dict(hidden_act="gelu"), "'gelu' of the decoder"),
+        (dict(vision_config=dict(TOWER, out_hidden_size=80)), "width 80"),
+        (dict(vision_config=dict(TOWER, hidden_act="relu")), "'relu'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(dict(OLD, **change))
+
+
+def test_a_file_that_cannot_be_read_gives_one_line(tmp_path):
+    path = tmp_path / "config.json"
+    for content, message in (
+        (None, "no readable config.json"),
+        ("{", "not valid JSON"),
+        ("[]", "JSON object"),
+        (json.dumps({k: v for k, v in OLD.items() if k != "hidden_size"}), "hidden_size.*missing"),
+        (json.dumps(dict(OLD, vocab_size="many")), "wrong type"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=message) as caught:
+            read_config(tmp_path)
+        assert "\n" not in str(caught.value)
