@@ -31,6 +31,7 @@ class Checkpoints:
         self.keep = keep
         self._writer = ocp.AsyncCheckpointer(_handler())
         self._scores: dict[int, float | None] = {}
+        self._damaged: set[int] = set()
         for leftover in _unfinished(self.folder):
             _log.info("removing %s, the leftover of a run that was killed while writing", leftover)
             shutil.rmtree(leftover)
@@ -56,6 +57,7 @@ class Checkpoints:
         )
         self._writer.save(self.folder / str(step), args=items, force=True)
         self._scores.pop(step, None)
+        self._damaged.discard(step)
 
     def wait(self) -> None:
         """Return when the last checkpoint is whole on disk; then remove those that are not to be kept.
@@ -63,7 +65,8 @@ class Checkpoints:
         Raises what the writing in the background raised.
         """
         self._writer.wait_until_finished()
-        steps = self.steps()
+        # A damaged one takes no place among those to keep: it would push out the one that the run goes on from.
+        steps = [step for step in self.steps() if step not in self._damaged]
         kept = set(steps[len(steps) - self.keep :]) if self.keep > 0 else set(steps)
         scored = [step for step in steps if self._score(step) is not None]
         if scored:
@@ -97,6 +100,7 @@ class Checkpoints:
             except Exception as error:  # Orbax, TensorStore and json each have their own
                 _log.warning("checkpoint %s can't be read: %s", self.folder / str(step), _first_line(error))
                 fault = fault or error
+                self._damaged.add(step)
                 continue
             return step, state, extras
         if fault is not None:
@@ -141,8 +145,11 @@ def restore(folder: str | Path, abstract: TrainState) -> tuple[TrainState, dict[
 
 def _check_shapes(folder: Path, tree: dict[str, Any]) -> None:
     # Looked up before anything is read: Orbax would cut or pad an array of another shape to fit.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.metadata(folder).item_metadata.tree
+    # Not through a Checkpointer, which warns that `state/` has no metadata of a checkpoint's root, and hides errors.
+    try:
+        stored = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+    except Exception as error:
+        raise ValueError(f"its list of parameters is missing or damaged ({_first_line(error)})") from error
     stored = jax.tree.map(lambda leaf: tuple(leaf.shape), stored)
     wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
     if stored != wanted:

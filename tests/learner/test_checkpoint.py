@@ -97,6 +97,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(checkpoints, caplog
     assert checkpoints.restore_newest(abstract(state()))[0] == 2
 
 
+def test_a_damaged_checkpoint_never_pushes_out_the_one_that_a_run_goes_on_from(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, state(step), {})
+    checkpoints.wait()
+    damage(checkpoints.folder / "2")
+    again = Checkpoints(checkpoints.folder, keep=1)
+    assert again.restore_newest(abstract(state()))[0] == 1
+    again.close()  # a run that is killed before its next checkpoint has to find this one
+    assert 1 in again.steps()
+
+
 def damage(folder):
     for path in (folder / "state").rglob("*"):
         if path.is_file():
