@@ -4,8 +4,10 @@ model's pictures is checked where these are known: in `algorithms.registry`, `le
 from __future__ import annotations
 
 import functools
+import math
 
 from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.config_fields import field_types
 from lmmr1_jax.errors import UserError
 
 _RANGES = (
@@ -29,6 +31,8 @@ _RANGES = (
     ("from 0 to 1", lambda value: 0 <= value <= 1, "learner.warmup_ratio learner.min_learning_rate_ratio"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "learner.adam_b1 learner.adam_b2"),
 )
+# Limits that may be no limit.
+_MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm")
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -38,6 +42,10 @@ def check_ranges(config: TrainConfig) -> None:
             value = functools.reduce(getattr, name.split("."), config)
             if not is_right(value):
                 raise UserError(f"{name} is {value!r}; it must be {wanted}")
+    for name, kind in field_types(TrainConfig).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if kind is float and name not in _MAY_BE_INFINITE and not math.isfinite(value):
+            raise UserError(f"{name} is {value!r}; it must be a finite number")
     if config.learner.minibatches > config.rollout.prompts:
         raise UserError(
             f"learner.minibatches is {config.learner.minibatches}; it must be at most rollout.prompts, "
