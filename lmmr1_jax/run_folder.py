@@ -13,6 +13,7 @@ from pathlib import Path
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.errors import UserError
 from weights_bridge.errors import CheckpointError
+from weights_bridge.run_checkpoint import copy_side_files
 
 WORK = ("evaluations.jsonl", "metrics.jsonl")
 """Files of which a run has one as soon as it has done anything."""
@@ -20,7 +21,7 @@ WORK = ("evaluations.jsonl", "metrics.jsonl")
 
 @contextlib.contextmanager
 def open_run_folder(config: TrainConfig) -> Iterator[Path]:
-    """The run's folder, with `config.json` in it, every field resolved.
+    """The run's folder.
 
     Where wrong input ends the run before it has done anything, the folder is left as empty as it was found, so that
     the mended command is not refused.
@@ -37,13 +38,22 @@ def open_run_folder(config: TrainConfig) -> Iterator[Path]:
     if occupied and not config.run.resume:
         raise UserError(f"--run.dir {folder} is not empty: choose another folder, or --resume to go on with that run")
     (folder / "checkpoints").mkdir(exist_ok=True)
-    write_json(folder / "config.json", dataclasses.asdict(config))
     try:
         yield folder
     except (UserError, CheckpointError):
         if not occupied and not any((folder / name).exists() for name in WORK):
             shutil.rmtree(folder)
         raise
+
+
+def describe_run(folder: Path, config: TrainConfig, source: Path) -> None:
+    """Writes `config.json`, every field resolved, and `model/`: all of the source model's folder but its weights.
+
+    Only once a run has taken up its checkpoint: a resumption with the wrong model or data must not describe the
+    checkpoints of another run by its own config.
+    """
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    copy_side_files(source, folder / "model")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -35,11 +35,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.rewards.pool import Verifier
     from lmmr1_jax.rollout.evaluation import evaluate
     from lmmr1_jax.rollout.jax_sampler import sampling_key
-    from lmmr1_jax.run_folder import open_run_folder
+    from lmmr1_jax.run_folder import describe_run, open_run_folder
     from lmmr1_jax.step import Step, Stopwatch
     from lmmr1_jax.stop_signal import StopRequested, StopSignal
     from lmmr1_jax.tracking.tracker import Tracker
-    from weights_bridge.run_checkpoint import copy_side_files
 
     registry.check(config)
     with contextlib.ExitStack() as open_parts:
@@ -58,7 +57,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         open_parts.callback(checkpoints.close)
         step = Step(config, policy, learner, verifier.score)
         gap = GapWatch(config.rollout.gap_warn, config.rollout.gap_stop)
-        copy_side_files(policy.source, folder / "model")
 
         # Where the run stands: `done` steps lie behind it, and these parts remember something between steps.
         remembering = {"feeder": feeder, "held_out": held_out, "skips": skips, "shapes": step, "gap": gap}
@@ -68,6 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 part.restore(memory[name])
         else:
             done, state = 0, learner.init_state(policy.load())
+        describe_run(folder, config, policy.source)
         policy.sampler.load(state.params, done)
 
         tracker = open_parts.enter_context(

@@ -92,19 +92,20 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints and none of them can be read.
         """
-        steps = self.steps()
-        fault: Exception | None = None
-        for step in reversed(steps):
+        faults: dict[int, str] = {}
+        for step in reversed(self.steps()):
             try:
                 state, extras = restore(self.folder / str(step), abstract)
             except Exception as error:  # Orbax, TensorStore and json each have their own
-                _log.warning("checkpoint %s can't be read: %s", self.folder / str(step), _first_line(error))
-                fault = fault or error
+                faults[step] = _first_line(error)
                 self._damaged.add(step)
                 continue
+            for damaged, reason in faults.items():
+                _log.warning("checkpoint %s can't be read: %s", self.folder / str(damaged), reason)
             return step, state, extras
-        if fault is not None:
-            raise UserError(f"{self.folder}: none of the checkpoints {steps} can be read: {_first_line(fault)}")
+        if faults:
+            reason = faults[max(faults)]
+            raise UserError(f"{self.folder}: none of the checkpoints {sorted(faults)} can be read: {reason}")
         return None
 
     def _score(self, step: int) -> float | None:

@@ -100,6 +100,14 @@ def test_a_finished_run_resumes_to_the_same_summary(finished):
         assert after["evaluation"][when]["accuracy"] == before["evaluation"][when]["accuracy"]
 
 
+def test_a_refused_resumption_leaves_the_run_as_it_was(finished):
+    described = ("config.json", "model/config.json", "metrics.jsonl", "summary.json")
+    before = {name: (finished / name).read_bytes() for name in described}
+    done = train(finished, "--resume", "--run.steps", "4", "--model.freeze-vision")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert {name: (finished / name).read_bytes() for name in described} == before
+
+
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
     folder = tmp_path / "stopped"
     settings = ["--run.steps", "300", "--checkpoint.every", "1000", "--eval.size", "4"]
