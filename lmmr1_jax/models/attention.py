@@ -16,12 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 QUERY_BLOCK = 128
 """Queries whose scores exist at a time. Blocks are unrolled, so that a causal block skips the keys behind it."""
 MAX_BLOCKS = 16
 """Longer rows get larger blocks: the program's size stays bounded."""
+ATTENDED, NORMALIZER = "attended", "normalizer"
+"""Names (`jax.ad_checkpoint.checkpoint_name`) of what the backward pass needs beside queries, keys and values."""
 _MASKED = -1e30
 
 
@@ -98,6 +101,8 @@ def _forward(in_order: bool, q: Array, k: Array, v: Array, mask: Mask):
         normalizers.append((largest + jnp.log(jnp.maximum(total, 1e-30)))[..., 0])
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, 3)
     normalizer = normalizers[0] if len(outs) == 1 else jnp.concatenate(normalizers, 3)
+    # Named, so that a remat policy can keep them: without both the backward pass would run this function again.
+    out, normalizer = checkpoint_name(out, ATTENDED), checkpoint_name(normalizer, NORMALIZER)
     return out, (q, k, v, mask, out, normalizer)
 
 

@@ -9,12 +9,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from lmmr1_jax.models.attention import ATTENDED, NORMALIZER
 from lmmr1_jax.models.config import TextConfig
 from lmmr1_jax.models.layers import Embedding, Linear, RMSNorm, Stack, inverse_frequencies, rotate
 
 Rope = tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
 
-SAVED = ("query", "key", "value", "attended", "middle", "gate", "up")
+SAVED = ("query", "key", "value", ATTENDED, NORMALIZER, "middle", "gate", "up")
 """Names of what a layer's backward pass wants kept; norms, activations and scores are cheap to compute again."""
 
 
@@ -53,8 +54,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "*batch embed"], attended: Float[Array, "*batch heads width"]
     ) -> Float[Array, "*batch embed"]:
         """The rest of the layer: output projection, residual, MLP, residual."""
-        attended = checkpoint_name(attended.reshape(*x.shape[:-1], -1), "attended")
-        x = checkpoint_name(x + self.output(attended), "middle")
+        x = checkpoint_name(x + self.output(attended.reshape(*x.shape[:-1], -1)), "middle")
         normed = self.mlp_norm(x)
         gate, up = checkpoint_name(self.gate(normed), "gate"), checkpoint_name(self.up(normed), "up")
         return x + self.down(jax.nn.silu(gate) * up)

@@ -27,6 +27,7 @@ from lmmr1_jax.models.layers import (
     activation,
     inverse_frequencies,
     parameter,
+    product,
     rotate,
 )
 from lmmr1_jax.types import VisionBatch
@@ -45,7 +46,7 @@ class FusedProjection(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch 3 width"]:
         kernel = self.kernel[...].astype(self.dtype)
-        flat = x @ kernel.reshape(kernel.shape[0], -1)
+        flat = product(x, kernel.reshape(kernel.shape[0], -1))
         return flat.reshape(*x.shape[:-1], *kernel.shape[1:]) + self.bias[...].astype(self.dtype)
 
 
@@ -82,8 +83,7 @@ class VisionBlock(nnx.Module):
         q, k, v = (a.reshape(-1, window, heads, head_dim) for a in (q, k, v))
         segments = segment_ids.reshape(-1, window)
         attended = attend(q, k, v, query_segments=segments, key_segments=segments, causal=False)
-        attended = checkpoint_name(attended.reshape(x.shape), "attended")
-        x = checkpoint_name(x + self.proj(attended), "middle")
+        x = checkpoint_name(x + self.proj(attended.reshape(x.shape)), "middle")
         return x + self._mlp(self.norm2(x))
 
     def _mlp(self, x: Array) -> Array:
