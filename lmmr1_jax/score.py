@@ -62,6 +62,10 @@ def completion_ids(row: dict[str, Any], processor: Any, vocabulary: int) -> Any:
     if ids is None:
         if not isinstance(text, str):
             return "no_completion: the row has neither 'completion' (text) nor 'completion_ids'"
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            return "bad_completion: 'completion' holds half a surrogate pair, which is not Unicode text"
         return processor.encode_text(text)
     whole = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     if not whole or not all(0 <= i < vocabulary for i in ids):

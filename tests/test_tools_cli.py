@@ -85,7 +85,7 @@ def test_score_agrees_with_what_generate_wrote(model, data, generated, tmp_path)
     path, out = tmp_path / "pairs.jsonl", tmp_path / "scores.jsonl"
     pairs = [rows[i] | {"completion_ids": generated[i]["completions"][0]["token_ids"]} for i in rows]
     pairs += [rows[0] | {"completion": "the sum is 5"}, rows[0], rows[0] | {"completion_ids": [1, 9999]}]
-    pairs += [rows[0] | {"completion": ""}]
+    pairs += [rows[0] | {"completion": ""}, rows[0] | {"completion": "half a pair: \ud800"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     score.main(["--model", model, "--data", str(path), "--out", str(out)])
     lines = read_lines(out)
@@ -97,6 +97,7 @@ def test_score_agrees_with_what_generate_wrote(model, data, generated, tmp_path)
     assert lines[2]["completion_ids"] == text_ids  # as it stands, nothing appended
     assert lines[3]["error"].startswith("no_completion") and lines[4]["error"].startswith("bad_completion_ids")
     assert lines[5]["completion_ids"] == [] and lines[5]["logprobs"] == []
+    assert lines[6]["error"].startswith("bad_completion")
 
 
 def test_evaluate_counts_prompts_by_source_and_skips_by_reason(model, data, tmp_path):
