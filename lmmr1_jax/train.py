@@ -28,6 +28,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     from lmmr1_jax import assembly
     from lmmr1_jax.algorithms import registry
+    from lmmr1_jax.compilation import release_memory
     from lmmr1_jax.data.held_out import HeldOut
     from lmmr1_jax.data.skips import SkipLog
     from lmmr1_jax.gap_watch import GapWatch
@@ -95,6 +96,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if done == 0 and 0 not in tracker.evaluations:
             evaluate_policy()
 
+        first = done
         while done < total_steps:
             memory = {name: part.state() for name, part in remembering.items()}
             watch = Stopwatch()
@@ -118,6 +120,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             done += 1
             with watch("sync"):
                 policy.sampler.load(state.params, done)
+            if done == first + 1:  # all programs are compiled
+                release_memory()
 
             tokens = sum(len(completion.token_ids) for rollout in rollouts for completion in rollout.completions)
             tracker.log(

@@ -15,7 +15,6 @@ multiplies square matrices, measured in the same run.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 import jax
 
 from lmmr1_jax import assembly
-from lmmr1_jax.compilation import CompilationCounter
+from lmmr1_jax.compilation import CompilationCounter, release_memory
 from lmmr1_jax.config import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
 from lmmr1_jax.config_cli import run_cli
 from lmmr1_jax.data.prompt_set import read_prompts
@@ -199,10 +198,10 @@ def gemm_rate(size: int = 2048, repeats: int = 7) -> float:
 
 def forget_peak_memory() -> bool:
     """Starts the count of peak memory anew, without what compiling took; False where Linux does not allow it."""
+    release_memory()
     try:
-        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 

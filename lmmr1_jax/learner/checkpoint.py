@@ -158,10 +158,13 @@ def _check_shapes(folder: Path, tree: dict[str, Any]) -> None:
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
+    # Left to itself, Orbax has the copies of an array on several devices write a part each, and compiles a program for
+    # every part in the middle of the run.
+    whole = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, whole))
     # Trained float32 numbers hardly compress; trying costs more time than the disk.
-    return ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(use_compression=False), extras=ocp.JsonCheckpointHandler()
-    )
+    state = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    return ocp.CompositeCheckpointHandler(state=state, extras=ocp.JsonCheckpointHandler())
 
 
 def _read_score(folder: Path) -> float | None:
