@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import packed_cases as cases
 
+from lmmr1_jax.compilation import CompilationCounter
 from lmmr1_jax.config import LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.data.packing import PackShapes, pack
 from lmmr1_jax.learner.checkpoint import Checkpoints
@@ -67,6 +68,11 @@ def main():
         _, restored, _ = Checkpoints(folder, keep=1).restore_newest(learner.abstract_state())
         saved = zip(jax.tree.leaves(host(restored)), jax.tree.leaves(first["state"]), strict=True)
         same_bits = all(a.tobytes() == b.tobytes() for a, b in saved)
+        counter = CompilationCounter()
+        other = Checkpoints(folder.with_name(f"from {name}"), keep=1)
+        other.save(1, state, {})
+        other.close()
+        counter.close()
         again, _ = learner.update(restored, batch)
         found[name] = {
             "gradient": relative(mine["gradient"], first["gradient"]),
@@ -74,6 +80,7 @@ def main():
             "shard": [kernel.size, kernel.addressable_shards[0].data.size],
             "moments_shard": moment.addressable_shards[0].data.size,
             "restored_bits": same_bits,
+            "compiled_to_save": counter.names,
             "went_on": int(again.step),
         }
     json.dump(found, sys.stdout)

@@ -49,3 +49,8 @@ def test_weights_and_moments_are_split_as_the_rules_say(found, mesh, parts):
 def test_a_checkpoint_of_one_device_is_restored_bit_for_bit_on_another_mesh_and_goes_on(found, mesh):
     assert found[mesh]["restored_bits"]
     assert found[mesh]["went_on"] == 2
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_saving_a_sharded_state_compiles_nothing(found, mesh):
+    assert found[mesh]["compiled_to_save"] == []
