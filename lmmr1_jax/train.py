@@ -87,6 +87,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     key=sampling_key(config.run.seed, done),
                     max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
                 )
+            if not result.prompts:
+                tracker.warn("no held-out prompt can be used, so there is no evaluation; skipped.jsonl says why")
+                return None
             tracker.evaluation(done, result.summary() | {"seconds": watch.total})
             return result.accuracy
 

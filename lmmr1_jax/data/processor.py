@@ -125,7 +125,8 @@ class Processor:
     def encode_text(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Token ids of a text as it stands, int32, nothing added."""
         with self._lock:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            # Not verbose: `max_prompt_tokens` decides what is too long, not the tokenizer's warning on stderr.
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, np.int32)
 
     def decode(self, token_ids: Sequence[int] | Int[np.ndarray, " tokens"]) -> str:

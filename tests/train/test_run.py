@@ -108,6 +108,16 @@ def test_a_refused_resumption_leaves_the_run_as_it_was(finished):
     assert {name: (finished / name).read_bytes() for name in described} == before
 
 
+def test_held_out_prompts_that_are_all_unusable_give_no_figures(tmp_path):
+    long = {"message": [{"role": "user", "content": "count " * 3000}], "answer": "3"}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    done = train(tmp_path / "run", "--eval.path", str(tmp_path / "long.jsonl"), "--run.steps", "1")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["evaluation"] == {"before": None, "after": None}
+    assert summary["skipped"] == 1
+
+
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
     folder = tmp_path / "stopped"
     settings = ["--run.steps", "300", "--checkpoint.every", "1000", "--eval.size", "4"]
