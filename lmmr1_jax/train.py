@@ -43,6 +43,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     registry.check(config)
     with contextlib.ExitStack() as open_parts:
+        stop = open_parts.enter_context(StopSignal())
         folder = open_parts.enter_context(open_run_folder(config))
         resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
         verifier = open_parts.enter_context(Verifier(config.rewards))
@@ -73,7 +74,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tracker = open_parts.enter_context(
             Tracker(folder, config, done if config.run.resume else None, total_steps, decode=policy.processor.decode)
         )
-        stop = open_parts.enter_context(StopSignal())
 
         def evaluate_policy() -> float | None:
             if not held_out.prompts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,9 @@ def decode_picture(file: io.IOBase, name: str) -> tuple[Image.Image, bool]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
         raise PictureFault(EXTREME_PICTURE, f"{name}: more than {MAX_DECODED_PIXELS:,} pixels") from None
     except Exception as error:  # on broken bytes PIL's decoders raise nearly anything
-        raise PictureFault(BROKEN_PICTURE, f"{name}: {error or type(error).__name__}") from None
+        # PIL names the stream by its address in memory, which would differ from run to run.
+        reason = re.sub(r"<_io\.\w+ .*?>", "it", str(error)) or type(error).__name__
+        raise PictureFault(BROKEN_PICTURE, f"{name}: {reason}") from None
 
 
 def _refuse_extremes(image: Image.Image, name: str) -> None:
