@@ -8,6 +8,8 @@ several lines, so wrong input is found here and said in one.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import runpy
 import sys
@@ -122,15 +124,18 @@ def _override(base: TrainConfig, given: list[tuple[str, str]], kinds: dict[str, 
 def _tyro(arguments: list[str], base: TrainConfig, prog: str, *, quiet: bool) -> TrainConfig:
     import tyro  # here, so that whoever only loads a config file does not pay for it
 
-    return tyro.cli(
-        TrainConfig,
-        default=base,
-        args=arguments,
-        prog=prog,
-        description=HELP,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-        console_outputs=not quiet,
-    )
+    # tyro draws some of its boxes although `console_outputs` says not to.
+    unheard = io.StringIO()
+    with contextlib.redirect_stderr(unheard) if quiet else contextlib.nullcontext():
+        return tyro.cli(
+            TrainConfig,
+            default=base,
+            args=arguments,
+            prog=prog,
+            description=HELP,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            console_outputs=not quiet,
+        )
 
 
 def _place(path: str | Path, error: BaseException) -> str:

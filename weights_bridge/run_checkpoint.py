@@ -115,7 +115,10 @@ def read_orbax_params(step_folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{step_folder}: is not a whole checkpoint of a run")
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            metadata = checkpointer.metadata(state).item_metadata.tree["params"]
+            stored = checkpointer.metadata(state).item_metadata
+            if stored is None:
+                raise ValueError("its list of arrays is missing or damaged")
+            metadata = stored.tree["params"]
             wanted = {"params": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata)}
             as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             restore = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)

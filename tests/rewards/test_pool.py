@@ -190,7 +190,8 @@ def test_closing_ends_every_process_even_a_busy_one():
 
 
 SCRIPT = """
-    import sys, threading, time
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     assert __name__ == "__main__"  # a worker that imported this file again would fail here
     from lmmr1_jax.config import RewardsConfig
     from lmmr1_jax.rewards.pool import Verifier
