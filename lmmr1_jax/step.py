@@ -29,7 +29,7 @@ from lmmr1_jax.rollout.jax_sampler import sampling_key
 from lmmr1_jax.rollout.prompt_batch import PromptShapes
 from lmmr1_jax.types import EncodedPrompt, PackedBatch, Reward, Rollout
 
-CPU_TOKENS = 2048
+CPU_TOKENS = 3072
 """Row tokens of a micro-batch on a CPU, where nothing is gained by more and memory is."""
 
 Scorer = Callable[[Sequence[str], Sequence[str]], list[Reward]]
