@@ -32,7 +32,7 @@ from lmmr1_jax.types import EncodedPrompt, PackedBatch, Reward, Rollout
 CPU_TOKENS = 3072
 """Row tokens of a micro-batch on a CPU, where nothing is gained by more and memory is."""
 
-Scorer = Callable[[Sequence[str], Sequence[str]], list[Reward]]
+Scorer = Callable[[Sequence[str], Sequence[str], Sequence[str] | None], list[Reward]]
 
 
 class Step:
@@ -57,7 +57,7 @@ class Step:
           config: the run's.
           policy: the model with its sampler.
           learner: the model's learner.
-          score_texts: rewards of (completions as text, gold answers); `Verifier.score`.
+          score_texts: rewards of (completions as text, gold answers, prompts as text); `Verifier.score`.
           forced_length: completions don't end before the limit (for benchmarks).
         """
         self.config, self.policy, self.learner = config, policy, learner
@@ -84,7 +84,11 @@ class Step:
         """The same groups with their rewards."""
         texts = [self.policy.processor.decode(c.token_ids) for rollout in rollouts for c in rollout.completions]
         labels = [rollout.encoded.prompt.label or "" for rollout in rollouts for _ in rollout.completions]
-        rewards = iter(self._score_texts(texts, labels))
+        prompts = None
+        if self.config.rewards.variant == "lmm-r1":  # which grades the prompt where a completion is empty
+            decoded = [self.policy.processor.decode(rollout.encoded.token_ids) for rollout in rollouts]
+            prompts = [text for text, rollout in zip(decoded, rollouts, strict=True) for _ in rollout.completions]
+        rewards = iter(self._score_texts(texts, labels, prompts))
         return [dataclasses.replace(r, rewards=tuple(next(rewards) for _ in r.completions)) for r in rollouts]
 
     def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:

@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         policy.sampler.load(state.params, done)
 
         tracker = open_parts.enter_context(
-            Tracker(folder, config, done if config.run.resume else None, total_steps, decode=policy.processor.decode)
+            Tracker(folder, config, done if resumes else None, total_steps, decode=policy.processor.decode)
         )
 
         def evaluate_policy() -> float | None:
@@ -96,6 +96,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         def save(memory: dict[str, Any], score: float | None = None) -> None:
             checkpoints.save(done, state, memory, score=score)
 
+        # Also by a run that was killed before its first checkpoint: evaluating can widen the sampler's shapes, and
+        # with them change the last bits of what it samples.
         if done == 0 and 0 not in tracker.evaluations:
             evaluate_policy()
 

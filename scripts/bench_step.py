@@ -141,7 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trivial_reward(texts: list[str], labels: list[str]) -> list[Reward]:
+def trivial_reward(texts: list[str], labels: list[str], prompts: None) -> list[Reward]:
     """Free to compute, and different from completion to completion, so that advantages are not zero."""
     return [Reward(total=(sum(text.encode()) % 97) / 96, parts={}) for text in texts]
 
