@@ -64,17 +64,6 @@ def token_log_probs(
     return log_probs, entropy
 
 
-def sampling_logits(
-    hidden: Float[Array, "*batch embed"],
-    embedding: Float[Array, "vocabulary embed"],
-    banned: Bool[Array, " vocabulary"] | None,
-    temperature: float,
-) -> Float[Array, "*batch vocabulary"]:
-    """float32 logits / temperature with banned ids at -inf: softmax of them is the policy."""
-    logits = _logits(hidden, embedding.astype(hidden.dtype)) / temperature
-    return logits if banned is None else jnp.where(banned, -jnp.inf, logits)
-
-
 def _logits(hidden: Array, embedding: Array) -> Array:
     return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 

@@ -203,12 +203,6 @@ class Verifier:
         raise RuntimeError("the verifier's workers do not start; what they say is on stderr above")
 
 
-def count_faults(rewards: Sequence[Reward]) -> dict[str, int]:
-    """How many completions could not be judged, by reason; every reason is a key."""
-    counts = collections.Counter(reward.fault for reward in rewards)
-    return {fault: counts[fault] for fault in ("timeout", "died", "error")}
-
-
 class _Worker:
     """Our end of a worker: `pid` is None until it has said that it is up, `assigned` are the tasks it works on."""
 

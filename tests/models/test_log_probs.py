@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmmr1_jax.models.log_probs import sampling_logits, token_log_probs
+from lmmr1_jax.models.log_probs import token_log_probs
 
 ROWS, TOKENS, WIDTH, VOCABULARY = 3, 7, 8, 37
 
@@ -75,7 +75,8 @@ def test_banned_tokens_have_no_probability_and_no_gradient():
         )
 
     assert not np.any(jax.jit(jax.grad(loss))(embedding)[:4])
-    assert not np.any(jax.nn.softmax(sampling_logits(hidden, embedding, banned, 1.0))[..., :4])
+    log_probs, _ = token_log_probs(hidden, embedding, targets * 0, banned=banned, temperature=1.0, chunk=6)
+    assert not np.any(np.exp(log_probs))
 
 
 def test_a_uniform_policy_has_the_entropy_of_its_allowed_tokens():

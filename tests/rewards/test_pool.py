@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmmr1_jax.config import RewardsConfig
-from lmmr1_jax.rewards.pool import Verifier, count_faults
+from lmmr1_jax.rewards.pool import Verifier
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -97,7 +97,7 @@ def test_bombs_among_many_leave_every_other_reward_as_it_was(verifier):
         texts[place] = boxed(HANG)
     after = verifier.score(texts, labels)
     assert [i for i in range(60) if before[i] != after[i]] == list(places)
-    assert count_faults(after) == {"timeout": len(places), "died": 0, "error": 0}
+    assert [reward.fault for reward in after if reward.fault] == ["timeout"] * len(places)
 
 
 @pytest.mark.parametrize("name", ["tower of powers", "fractions nested 10,000 deep", "unbalanced"])
