@@ -105,6 +105,12 @@ class AlgorithmConfig:
     """`rloo_lmm_r1` clips a completion's shaped reward to plus and minus this."""
     normalize_std: bool = True
     """`rloo_lmm_r1`: divide by the standard deviation as well as subtracting the mean."""
+    importance: Literal["token", "sequence", "masked_token", "masked_sequence", "none"] = "token"
+    """Correct for the sampler's having drawn from a slightly or quite other distribution than the learner's: weigh a
+    token's loss by the ratio of the two probabilities, of the token or of its whole completion, cut at the cap or, if
+    masked, set to 0 where it lies outside 1 / cap to cap."""
+    importance_cap: float = 2.0
+    """Cap of these weights."""
 
 
 @dataclasses.dataclass(frozen=True)

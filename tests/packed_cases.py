@@ -125,6 +125,7 @@ def oracle_inputs(config: ModelConfig, rollouts: list[Rollout], length: int = 64
     tokens, segments, slots = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     positions = np.zeros((3, *shape), np.int32)
     taken = np.zeros(shape, bool)  # where a completion token stands
+    sampler = np.zeros(shape, np.float32)
     vision, placed = None, {}
     if config.vision is not None:
         pictures = {id(p): (patches_of(p), p.grid_thw) for r in rollouts for p in r.encoded.pictures}
@@ -137,9 +138,24 @@ def oracle_inputs(config: ModelConfig, rollouts: list[Rollout], length: int = 64
         positions[:, row, :p] = encoded.positions
         positions[:, row, p : p + n] = encoded.next_position + np.arange(n)
         taken[row, p : p + n] = True
+        sampler[row, p : p + n] = completion.log_probs
         if encoded.pictures:
             slots[row, encoded.picture_slots] = np.concatenate([placed[id(p)] for p in encoded.pictures])
-    return dict(tokens=tokens, segments=segments, slots=slots, positions=positions, taken=taken, vision=vision)
+    return dict(
+        tokens=tokens, segments=segments, slots=slots, positions=positions, taken=taken, sampler=sampler, vision=vision
+    )  # fmt: skip
+
+
+def drawn_by_another(net: Network, params, rollouts: list[Rollout], temperature: float = 1.0) -> list[Rollout]:
+    """The rollouts with sampler log-probs that lie around the policy's, now and then a factor of 2 away."""
+    inputs = oracle_inputs(net.config, rollouts)
+    dense = np.asarray(oracle_log_probs(net, params, inputs, temperature))
+    noise = np.random.default_rng(1).normal(0, 0.5, dense.shape).astype(np.float32)
+    rows = iter([row[taken] for row, taken in zip(dense + noise, inputs["taken"], strict=True)])
+    return [
+        dataclasses.replace(r, completions=tuple(dataclasses.replace(c, log_probs=next(rows)) for c in r.completions))
+        for r in rollouts
+    ]
 
 
 def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.0) -> jax.Array:
@@ -156,21 +172,28 @@ def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.
 
 
 @functools.cache
-def _oracle(config: ModelConfig, temperature: float):
+def _oracle(config: ModelConfig, temperature: float, importance: str):
     net = network(config)
 
     def loss(params, inputs, advantages):
-        return -jnp.sum(advantages * oracle_log_probs(net, params, inputs, temperature)) / jnp.sum(inputs["taken"])
+        log_probs = oracle_log_probs(net, params, inputs, temperature)
+        log_weight = jax.lax.stop_gradient(log_probs) - inputs["sampler"]
+        if importance == "sequence":  # a row is a completion, and 0 beside it
+            log_weight = jnp.sum(log_weight, 1, keepdims=True)
+        weight = 1.0 if importance == "none" else jnp.minimum(jnp.exp(log_weight), 2.0)
+        return -jnp.sum(weight * advantages * log_probs) / jnp.sum(inputs["taken"])
 
     return jax.jit(jax.grad(loss))
 
 
-def oracle_gradients(net: Network, params, rollouts: list[Rollout], temperature: float = 1.0):
-    """Of -sum(A lp) / T, which is the gradient of the clipped loss where the ratio is 1."""
+def oracle_gradients(
+    net: Network, params, rollouts: list[Rollout], temperature: float = 1.0, importance: str = "none"
+):
+    """Of -sum(w A lp) / T, which is the gradient of the clipped loss where the ratio is 1; w is cut at 2."""
     inputs = oracle_inputs(net.config, rollouts)
     advantages = np.zeros(inputs["tokens"].shape, np.float32)
     advantages[inputs["taken"]] = np.concatenate([a for r in rollouts for a in r.advantages])
-    return _oracle(net.config, temperature)(params, inputs, advantages)
+    return _oracle(net.config, temperature, importance)(params, inputs, advantages)
 
 
 def assert_gradients_close(ours, theirs, limit: float = 1e-5) -> None:

@@ -38,7 +38,7 @@ class Algorithm:
     smallest_group: int
 
 
-_SHARED = {"clip", "kl_coefficient", "kl_estimator", "kl_placement"}
+_SHARED = {"clip", "kl_coefficient", "kl_estimator", "kl_placement", "importance", "importance_cap"}
 _ALGORITHMS = (
     Algorithm("rloo", rloo.advantages, losses.clipped_policy_loss, frozenset(_SHARED), 2),
     Algorithm(
@@ -79,6 +79,8 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"algorithm.kl_coefficient is {config.algorithm.kl_coefficient}; it must not be negative")
     if not 0 < config.algorithm.clip:
         raise UserError(f"algorithm.clip is {config.algorithm.clip}; it must be positive")
+    if config.algorithm.importance_cap < 1:
+        raise UserError(f"algorithm.importance_cap is {config.algorithm.importance_cap}; it must be at least 1")
     if needs_reference(config) and config.algorithm.kl_placement == "loss" and config.algorithm.kl_estimator == "k1":
         _log.warning("the gradient of k1 as a loss has mean zero: k2 or k3 pull the policy to the reference")
 

@@ -27,15 +27,16 @@ from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.types import PackedBatch
 
 Metrics = dict[str, Float[Array, ""]]
+_SUMMED = ("loss/policy", "kl", "clip_fraction", "importance/mean", "importance/clipped", "entropy", "gap/mean")
 
 
 class Learner:
     """Owns the compiled programs; the state travels through them.
 
     Metrics of an update, all over the minibatch's completion tokens: `loss/policy`, `kl` (by the config's estimator;
-    0 without a reference), `clip_fraction`, `entropy` (nats per token), `gap/mean` and `gap/max` (learner against
-    sampler log-probs, before the update), `grad_norm` (before clipping), `learning_rate`, and `skipped_updates`
-    (since the run's start).
+    0 without a reference), `clip_fraction`, `importance/mean` and `importance/clipped` (weights of the correction for
+    the sampler), `entropy` (nats per token), `gap/mean` and `gap/max` (learner against sampler log-probs, before the
+    update), `grad_norm` (before clipping), `learning_rate`, and `skipped_updates` (since the run's start).
 
     Attributes:
       shardings: of the parameters, a nested dict of NamedSharding.
@@ -164,7 +165,7 @@ def _gradients(learner: Learner, params: dict[str, Any], batch: PackedBatch) -> 
         )
 
     zero = jnp.zeros((), jnp.float32)
-    sums = dict.fromkeys(("loss/policy", "kl", "clip_fraction", "entropy", "gap/mean"), zero)
+    sums = dict.fromkeys(_SUMMED, zero)
     start = (jax.tree.map(jnp.zeros_like, trained), sums, zero)
     if batch.tokens.shape[0] == 1:
         # One micro-batch needs no accumulator beside its own gradients.
@@ -184,9 +185,11 @@ def _loss(learner: Learner, params: dict[str, Any], micro: PackedBatch):
         LossInputs(
             log_probs=log_probs,
             old_log_probs=old,
+            sampler_log_probs=micro.sampler_log_probs,
             reference_log_probs=micro.reference_log_probs if needs_reference(config) else None,
             advantages=micro.advantages,
             mask=micro.mask,
+            completion=micro.completion,
             tokens_total=micro.tokens_total,
         ),
         config.algorithm,

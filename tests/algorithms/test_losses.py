@@ -1,5 +1,7 @@
 """The clipped loss and the KL estimators against numbers worked out by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +35,16 @@ def inputs(log_ratio, advantages, mask=None, total=None, reference=None):
     log_ratio = jnp.asarray(log_ratio, jnp.float32)
     mask = jnp.ones_like(log_ratio) if mask is None else jnp.asarray(mask, jnp.float32)
     total = mask.sum() if total is None else jnp.float32(total)
+    zeros = jnp.zeros_like(log_ratio)
     return LossInputs(
-        log_ratio, jnp.zeros_like(log_ratio), reference, jnp.asarray(advantages, jnp.float32), mask, total
+        log_probs=log_ratio,
+        old_log_probs=zeros,
+        sampler_log_probs=zeros,
+        reference_log_probs=reference,
+        advantages=jnp.asarray(advantages, jnp.float32),
+        mask=mask,
+        completion=jnp.where(mask > 0, 0, -1),
+        tokens_total=total,
     )
 
 
@@ -92,12 +102,9 @@ def test_on_policy_gradient_is_minus_the_advantage_over_the_tokens():
 
     def loss(log_probs):
         given = inputs(log_probs, advantages)
-        given = LossInputs(log_probs, jax.lax.stop_gradient(log_probs), None, *_rest(given))
+        old = jax.lax.stop_gradient(log_probs)
+        given = dataclasses.replace(given, old_log_probs=old, sampler_log_probs=old)
         return clipped_policy_loss(given, AlgorithmConfig()).loss
 
     gradient = jax.grad(loss)(jnp.array([[-1.0, -7.0, -0.1]]))
     np.testing.assert_allclose(gradient, -advantages / 3, rtol=1e-6)
-
-
-def _rest(given):
-    return given.advantages, given.mask, given.tokens_total

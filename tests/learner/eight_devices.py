@@ -10,7 +10,7 @@ import numpy as np
 import packed_cases as cases
 
 from lmmr1_jax.compilation import CompilationCounter
-from lmmr1_jax.config import LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.data.packing import PackShapes, pack
 from lmmr1_jax.learner.checkpoint import Checkpoints
 from lmmr1_jax.learner.sharding import activation_constraint, make_mesh
@@ -29,7 +29,9 @@ def learner_on(sizes):
     raw = cases.hf_config()
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     net = cases.network(parse_config(raw), constrain=activation_constraint(mesh))
-    config = TrainConfig(learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64))
+    config = TrainConfig(
+        algorithm=AlgorithmConfig(importance="sequence"), learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64)
+    )
     return Learner(net, config, mesh, logical_axes(layout(raw)), 10, banned_ids=cases.BANNED)
 
 
@@ -45,8 +47,9 @@ def host(tree):
 
 def main():
     config = parse_config(cases.hf_config())
-    rollouts = cases.random_rollouts(config)
-    params = host(cases.random_params(cases.network(config)))
+    net = cases.network(config)
+    params = host(cases.random_params(net))
+    rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(config))
     batch = pack(rollouts, SHAPES, config.vision, cases.patches_of)
     found = {"devices": jax.device_count(), "micro_batches": int(batch.micro_batches)}
     first = None

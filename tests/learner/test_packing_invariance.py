@@ -7,7 +7,7 @@ import numpy as np
 import packed_cases as cases
 import pytest
 
-from lmmr1_jax.config import LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.data.packing import PackShapes, pack
 from lmmr1_jax.learner.sharding import make_mesh
 from lmmr1_jax.learner.step import Learner
@@ -25,12 +25,16 @@ SHAPES = PackShapes(
 def setting():
     raw = cases.hf_config()
     net = cases.network(parse_config(raw))
-    config = TrainConfig(learner=LearnerConfig(logprob_chunk=32))
+    # Weights of whole completions: what a micro-batch must not cut.
+    config = TrainConfig(
+        algorithm=AlgorithmConfig(importance="sequence"), learner=LearnerConfig(logprob_chunk=32)
+    )
     learner = Learner(
         net, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(raw)), 10, banned_ids=cases.BANNED
     )
-    params, rollouts = cases.random_params(net), cases.random_rollouts(net.config)
-    return learner, params, rollouts, cases.oracle_gradients(net, params, rollouts)
+    params = cases.random_params(net)
+    rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(net.config))
+    return learner, params, rollouts, cases.oracle_gradients(net, params, rollouts, importance="sequence")
 
 
 @pytest.mark.parametrize(
@@ -53,5 +57,17 @@ def test_packing_leaves_loss_and_gradient_alone(options, at_least):
         assert not batch.vision.segment_ids[held].any((1, 2)).all()
     gradients, metrics = learner.gradients(params, batch)
     cases.assert_gradients_close(gradients, expected)
-    advantages = np.concatenate([a for r in rollouts for a in r.advantages])
-    np.testing.assert_allclose(metrics["loss/policy"], -advantages.mean(), rtol=1e-5)
+    weights = np.minimum(np.exp([gap.sum() for gap in _gaps(learner, params, rollouts)]), 2.0)
+    advantages = [a for r in rollouts for a in r.advantages]
+    tokens = sum(a.size for a in advantages)
+    weighted = sum(w * a.sum() for w, a in zip(weights, advantages, strict=True))
+    np.testing.assert_allclose(metrics["loss/policy"], -weighted / tokens, rtol=1e-4)
+    assert 0 < metrics["importance/clipped"] < 1
+
+
+def _gaps(learner, params, rollouts):
+    """Policy less sampler log-probs of every completion's tokens, computed without packing."""
+    inputs = cases.oracle_inputs(learner.network.config, rollouts)
+    dense = np.asarray(cases.oracle_log_probs(learner.network, params, inputs))
+    rows = zip(dense - inputs["sampler"], inputs["taken"], strict=True)
+    return [gap[taken] for gap, taken in rows]

@@ -26,7 +26,7 @@ def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, **o
     config = TrainConfig(
         model=ModelConfig(freeze_vision=freeze_vision),
         rollout=RolloutConfig(temperature=TEMPERATURE),
-        algorithm=algorithm or AlgorithmConfig(),
+        algorithm=algorithm or AlgorithmConfig(importance="none"),
         learner=LearnerConfig(**({"learning_rate": 0.01, "logprob_chunk": 16} | options)),
     )
     network = cases.network(parse_config(raw), remat)
@@ -122,8 +122,8 @@ def test_an_update_lowers_its_loss_and_reports_what_it_did():
     after = ours.log_probs(state.params, batch)
     assert (batch.advantages * (after - before)).sum() > 0
     assert set(metrics) == {
-        "loss/policy", "kl", "clip_fraction", "entropy", "gap/mean", "gap/max", "grad_norm", "learning_rate",
-        "skipped_updates",
+        "loss/policy", "kl", "clip_fraction", "importance/mean", "importance/clipped", "entropy", "gap/mean",
+        "gap/max", "grad_norm", "learning_rate", "skipped_updates",
     }  # fmt: skip
     assert all(isinstance(value, (int, float)) for value in metrics.values())
     gap = np.abs(before - batch.sampler_log_probs)[batch.mask > 0]
@@ -196,7 +196,7 @@ def test_with_more_updates_per_rollout_the_ratio_divides_by_the_given_log_probs(
 
 def test_kl_in_the_loss_pulls_towards_the_reference():
     _, config, net, params, rollouts = setting()
-    algorithm = AlgorithmConfig(kl_coefficient=0.5, kl_estimator="k2", kl_placement="loss")
+    algorithm = AlgorithmConfig(kl_coefficient=0.5, kl_estimator="k2", kl_placement="loss", importance="none")
     ours = learner(algorithm=algorithm)
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     now = ours.log_probs(params, batch)
@@ -207,3 +207,23 @@ def test_kl_in_the_loss_pulls_towards_the_reference():
     # d/dp of 0.5 * mean(d^2 / 2) is 0.5 * mean(d * dlp) with d = -0.2: the policy gradient of an advantage of 0.1
     tenth = [dataclasses.replace(r, advantages=tuple(np.full_like(a, 0.1) for a in r.advantages)) for r in rollouts]
     cases.assert_gradients_close(gradients, cases.oracle_gradients(net, params, tenth, TEMPERATURE), 1e-4)
+
+
+def test_what_the_sampler_drew_with_other_probabilities_is_weighed_by_their_ratio():
+    _, config, net, params, rollouts = setting()
+    ours = learner(algorithm=AlgorithmConfig())
+    rollouts = cases.drawn_by_another(net, params, rollouts, TEMPERATURE)
+    gradients, metrics = ours.gradients(params, cases.pack_by_hand(rollouts, config, rows=2))
+    cases.assert_gradients_close(gradients, cases.oracle_gradients(net, params, rollouts, TEMPERATURE, "token"))
+    assert 0 < metrics["importance/clipped"] < 1
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence", "masked_token", "masked_sequence"])
+def test_a_sampler_that_agrees_leaves_the_gradient_alone(importance):
+    _, config, _, params, rollouts = setting()
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    ours = learner(algorithm=AlgorithmConfig(importance=importance))
+    batch = dataclasses.replace(batch, sampler_log_probs=ours.log_probs(params, batch))
+    gradients, metrics = ours.gradients(params, batch)
+    cases.assert_gradients_close(gradients, expected())
+    assert metrics["importance/mean"] == pytest.approx(1.0, abs=1e-5) and metrics["importance/clipped"] == 0
