@@ -1,0 +1,30 @@
+"""The banned tokens, inside vLLM: a logits processor of its own kind, for all requests at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class BannedTokens(LogitsProcessor):
+    """Sets the logits of `additional_config["banned_token_ids"]` to minus infinity: never sampled, no probability."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        ids = vllm_config.additional_config["banned_token_ids"]
+        self._banned = torch.tensor(ids, dtype=torch.long, device=device)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits `[requests, vocabulary]`, changed in place."""
+        return logits.index_fill_(1, self._banned, float("-inf"))
+
+    def is_argmax_invariant(self) -> bool:
+        """A banned token may be the likeliest."""
+        return False
+
+    def update_state(self, batch_update: Any) -> None:
+        """The same for every request."""
