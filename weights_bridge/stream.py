@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import copy_blocks
-from weights_bridge.layout import EMBEDDING_NAME, HEAD_NAME, Entry, canonical_name, lookup
+from weights_bridge.layout import EMBEDDING_NAME, HEAD_NAME, Entry, Transform, canonical_name, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,15 @@ class TensorStream:
     """Iterates over (name, array), anew each time, in an order that is the same each time.
 
     Arrays are NumPy, C-contiguous, in the shapes of the checkpoint, and may be read-only views of the parameters:
-    a consumer that keeps one past its turn must copy it. Only the tensor at hand is gathered from the devices, so
-    the host holds one tensor, or one bucket, beside what it holds anyway.
+    a consumer that keeps one past its turn must copy it.
+
+    On accelerators each tensor is cut out of its stack, transposed and gathered by a small program on the devices,
+    and what comes next is on its way to the host while the consumer has this: the stream holds one tensor (iterated)
+    or one bucket (`buckets`) beyond what the consumer keeps, on a device and on the host. On CPUs the host does it,
+    tensor by tensor, when it is asked: no second copy of a bucket is worth its memory there.
+
+    Parameters that are spread over several processes are gathered by all of them together: each process must go
+    through the same stream to its end, one that has no use for the tensors by `follow`.
 
     Attributes:
       specs: the tensors to come, in order.
@@ -47,6 +57,7 @@ class TensorStream:
         stored: Mapping[str, Any] | None = None,
         dtype: Any = None,
         bucket_bytes: int = 256 << 20,
+        for_engines: bool = False,
     ):
         """
         Args:
@@ -56,14 +67,18 @@ class TensorStream:
             leaves' own dtypes without it. A tied model whose source held its head gets it again.
           dtype: one dtype for all tensors, over `stored`'s.
           bucket_bytes: largest bucket of `buckets`; a tensor that is larger is a bucket by itself.
+          for_engines: also cast on the devices, so that half as many bytes come to the host (XLA may round
+            subnormal numbers to zero there, which a file should not suffer), and always send a tied model's head,
+            the embedding once more: an engine that is updated without it goes on with its old head.
 
         Raises:
           CheckpointError: when parameters and table, or table and `stored`, do not fit together.
         """
         self._params = params
         self._bucket_bytes = bucket_bytes
+        self._cast_on_devices = for_engines
         self._entries, specs = [], []
-        for name, entry in _named(entries, stored):
+        for name, entry in _named(entries, stored, with_head=for_engines):
             leaf = lookup(params, entry.path)
             if tuple(leaf.shape) != entry.leaf_shape:
                 raise CheckpointError(
@@ -78,27 +93,104 @@ class TensorStream:
         return len(self.specs)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        for entry, spec in zip(self._entries, self.specs, strict=True):
-            yield spec.name, _tensor(lookup(self._params, entry.path), entry, spec.dtype)
+        for batch in self._batches([[number] for number in range(len(self))]):
+            yield batch.pop()
 
     def buckets(self) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """The same tensors in lists of at most `bucket_bytes`."""
-        bucket, held = [], 0
-        for spec, tensor in zip(self.specs, self, strict=True):
-            if bucket and held + spec.nbytes > self._bucket_bytes:
-                yield bucket
-                bucket, held = [], 0
-            bucket.append(tensor)
+        """The same tensors in lists of at most `bucket_bytes`.
+
+        A loop's variable keeps its bucket until the next one has been made; a consumer that cannot afford two
+        deletes it when it is done.
+        """
+        return self._batches(self._split())
+
+    def follow(self) -> None:
+        """Take part in the gathers of a process that iterates, and copy nothing to this process's host."""
+        for number in range(len(self)):
+            jax.block_until_ready(self._begin(number))
+
+    def _split(self) -> list[list[int]]:
+        """The tensors' numbers, bucket by bucket."""
+        split: list[list[int]] = [[]]
+        held = 0
+        for number, spec in enumerate(self.specs):
+            if split[-1] and held + spec.nbytes > self._bucket_bytes:
+                split.append([])
+                held = 0
+            split[-1].append(number)
             held += spec.nbytes
-        if bucket:
-            yield bucket
+        return split
+
+    def _batches(self, batches: Sequence[Sequence[int]]) -> Iterator[list[tuple[str, np.ndarray]]]:
+        coming = self._begin_all(batches[0])
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            begun, coming = coming, self._begin_all(following)
+            # Handed out without a name of ours: what the consumer drops is gone.
+            yield [(self.specs[number].name, self._finish(number, begun.pop(number))) for number in batch]
+
+    def _begin_all(self, batch: Iterable[int]) -> dict[int, jax.Array | None]:
+        begun = {number: self._begin(number) for number in batch}
+        for tensor in begun.values():
+            if tensor is not None:
+                tensor.copy_to_host_async()
+        return begun
+
+    def _begin(self, number: int) -> jax.Array | None:
+        """Start the program that makes a tensor, on one device; None where the host makes it."""
+        entry = self._entries[number]
+        leaf = _whole_if_replicated(lookup(self._params, entry.path))
+        if _is_on_host(leaf):
+            return None
+        dtype = self.specs[number].dtype if self._cast_on_devices else leaf.dtype
+        # The copies of the other devices go at once.
+        return on_devices(leaf, entry, dtype).addressable_data(0)
+
+    def _finish(self, number: int, begun: jax.Array | None) -> np.ndarray:
+        """The tensor on the host."""
+        entry, dtype = self._entries[number], self.specs[number].dtype
+        if begun is None:
+            return _on_host(_whole_if_replicated(lookup(self._params, entry.path)), entry, dtype)
+        tensor = np.asarray(begun)
+        if tensor.dtype == dtype:
+            return tensor
+        # Casting here and not on the device keeps every bit, subnormal numbers included.
+        cast = np.empty(tensor.shape, dtype)
+        copy_blocks(cast, tensor)
+        return cast
 
 
-def _named(entries: Sequence[Entry], stored: Mapping[str, Any] | None) -> list[tuple[str, Entry]]:
+def on_devices(leaf: jax.Array, entry: Entry, dtype: Any) -> jax.Array:
+    """An entry's tensor made on its leaf's devices, whole on each of them; a program per shape, whatever the layer.
+
+    Parameters over several devices, or several processes, are gathered by the program itself, after the cast.
+    """
+    layer = None if entry.layer is None else np.int32(entry.layer)
+    replicated = None
+    if len(leaf.sharding.device_set) > 1:
+        replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return _program(replicated)(leaf, layer, entry.transform, entry.shape, np.dtype(dtype))
+
+
+@functools.cache
+def _program(out_sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+    def tensor(leaf: jax.Array, layer: Any, transform: Transform, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        if layer is not None:
+            # Where layers are spread over devices XLA adds the one that has it to the others' zeros: as integers,
+            # it keeps every bit. (A dynamic slice would gather the whole stack first.)
+            bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+            leaf = jax.lax.bitcast_convert_type(jnp.take(bits, layer, axis=0, mode="clip"), leaf.dtype)
+        return transform.to_source(leaf.astype(dtype), shape)
+
+    return jax.jit(tensor, static_argnums=(2, 3, 4), out_shardings=out_sharding)
+
+
+def _named(entries: Sequence[Entry], stored: Mapping[str, Any] | None, with_head: bool) -> list[tuple[str, Entry]]:
     """The table's entries under the names to give."""
+    names = [entry.hf_name for entry in entries]
     if stored is None:
-        return [(entry.hf_name, entry) for entry in entries]
-    given = {canonical_name(name): name for name in stored}
+        given = {name: name for name in [*names, *([HEAD_NAME] if with_head else [])]}
+    else:
+        given = {canonical_name(name): name for name in stored}
     named = [(given.pop(entry.hf_name, None), entry) for entry in entries]
     missing = [entry.hf_name for name, entry in named if name is None]
     if HEAD_NAME in given:
@@ -111,48 +203,46 @@ def _named(entries: Sequence[Entry], stored: Mapping[str, Any] | None) -> list[t
     return named
 
 
-def _tensor(leaf: Any, entry: Entry, dtype: np.dtype) -> np.ndarray:
-    if isinstance(leaf, jax.Array):
-        part = _gather(leaf, entry.layer)
+def _whole_if_replicated(leaf: Any) -> Any:
+    """One device's copy of a leaf that every device holds whole: nothing needs to be gathered."""
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated and len(leaf.sharding.device_set) > 1:
+        return leaf.addressable_data(0)
+    return leaf
+
+
+def _is_on_host(leaf: Any) -> bool:
+    """Whether this process's host can read all of a leaf where it lies."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
+
+
+def _on_host(leaf: Any, entry: Entry, dtype: np.dtype) -> np.ndarray:
+    """An entry's tensor from what the host can read: a view where that is enough, else one copy that does it all."""
+    layer = entry.layer
+    if not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1:
+        part = np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
+        turned = part.transpose(np.argsort(entry.transform.order))
+        if turned.dtype == dtype and turned.flags.c_contiguous:
+            return turned.reshape(entry.shape)
+        parts = [((), part)]
     else:
-        part = np.asarray(leaf) if entry.layer is None else np.asarray(leaf)[entry.layer]
-    # Casting here and not on the device keeps every bit, subnormal numbers included.
-    turned = part.transpose(np.argsort(entry.transform.order))
-    if turned.dtype == dtype and turned.flags.c_contiguous:
-        return turned.reshape(entry.shape)
-    tensor = np.empty(turned.shape, dtype)
-    copy_blocks(tensor, turned)
-    return tensor.reshape(entry.shape)
+        parts = list(_parts(leaf, layer))
+    tensor = np.empty(entry.shape, dtype)
+    as_leaf = entry.transform.to_leaf(tensor)
+    for index, part in parts:
+        copy_blocks(as_leaf[index], part)
+    return tensor
 
 
-def _gather(leaf: jax.Array, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, on the host, put together from the devices' parts."""
-    if not leaf.is_fully_addressable:
-        raise CheckpointError("parameters spread over several processes cannot be streamed from one of them")
-    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-    if len(shards) == 1:
-        return _to_host(shards[0].data, layer)
-    whole = np.empty(leaf.shape if layer is None else leaf.shape[1:], leaf.dtype)
-    for shard in shards:
+def _parts(leaf: jax.Array, layer: int | None) -> Iterator[tuple[tuple, np.ndarray]]:
+    """Views of the devices' parts of a leaf, or of one layer of it, and their places in it."""
+    for shard in leaf.addressable_shards:
+        if shard.replica_id != 0:
+            continue
         if layer is None:
-            whole[shard.index] = _to_host(shard.data, None)
+            yield shard.index, np.asarray(shard.data)
             continue
         start, stop, _ = shard.index[0].indices(leaf.shape[0])
         if start <= layer < stop:
-            whole[shard.index[1:]] = _to_host(shard.data, layer - start)
-    return whole
-
-
-def _to_host(data: jax.Array, layer: int | None) -> np.ndarray:
-    (device,) = data.devices()
-    if layer is None:
-        return np.asarray(data)
-    if device.platform == "cpu":
-        return np.asarray(data)[layer]  # a view; on another device this would fetch, and keep, all layers for one
-    return np.asarray(one_layer(data, layer))
-
-
-@jax.jit
-def one_layer(stacked: jax.Array, layer: int) -> jax.Array:
-    """A layer of a stacked leaf, on the leaf's device; one small program per shape, whatever the layer."""
-    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+            yield shard.index[1:], np.asarray(shard.data)[layer - start]

@@ -20,11 +20,9 @@ from lmmr1_jax.learner.state import TrainState
 from weights_bridge import export as export_module
 from weights_bridge.errors import CheckpointError
 from weights_bridge.export import export, export_checkpoint
-from weights_bridge.layout import layout
 from weights_bridge.load import load, read_stored, source_dtypes
 from weights_bridge.run_checkpoint import copy_side_files, newest_step, read_orbax_params, step_folders
 from weights_bridge.safetensors_file import write_file
-from weights_bridge.stream import TensorStream, one_layer
 
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja")
 
@@ -118,20 +116,6 @@ def test_an_export_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         export(params, source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_stream_can_be_read_again_and_its_buckets_are_bounded(tmp_path):
-    config = config_of("qwen2_vl", True)
-    tensors = random_tensors(config)
-    params = load(write_checkpoint(tmp_path, config, tensors))
-    stream = TensorStream(params, layout(config), bucket_bytes=8_000)
-    assert len(stream) == len(tensors) and {spec.name for spec in stream.specs} == tensors.keys()
-    for _ in range(2):
-        assert same_bits({name: tensor.copy() for name, tensor in stream}, tensors)
-    buckets = list(stream.buckets())
-    assert all(len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= 8_000 for bucket in buckets)
-    assert [name for bucket in buckets for name, _ in bucket] == [spec.name for spec in stream.specs]
-    assert len(buckets) > 2
 
 
 def test_parameters_of_another_model_are_refused(tmp_path):
@@ -299,11 +283,3 @@ def test_wrong_arguments_give_one_line_and_status_2(tmp_path, arguments, words):
     (tmp_path / "started" / "checkpoints").mkdir(parents=True)
     done = command_line(tmp_path, *arguments)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_a_layer_taken_on_the_device_has_every_bit_of_its_stack():
-    bits = np.random.default_rng(0).integers(0, 2**32, (5, 7, 3), np.uint32)
-    stacked = bits.view(np.float32)
-    for layer in range(5):
-        taken = np.asarray(one_layer(jnp.asarray(stacked), layer))
-        np.testing.assert_array_equal(taken.view(np.uint32), bits[layer])
