@@ -39,8 +39,8 @@ class TensorStream:
 
     On accelerators each tensor is cut out of its stack, transposed and gathered by a small program on the devices,
     and what comes next is on its way to the host while the consumer has this: the stream holds one tensor (iterated)
-    or one bucket (`buckets`) beyond what the consumer keeps, on a device and on the host. On CPUs the host does it,
-    tensor by tensor, when it is asked: no second copy of a bucket is worth its memory there.
+    or one bucket (`buckets`) beyond what the consumer keeps, on the host and, but for the moment of handing one over,
+    on a device. On CPUs the host does it, tensor by tensor, when it is asked.
 
     Parameters that are spread over several processes are gathered by all of them together: each process must go
     through the same stream to its end, one that has no use for the tensors by `follow`.
@@ -104,6 +104,11 @@ class TensorStream:
         """
         return self._batches(self._split())
 
+    def on_device(self) -> Iterator[tuple[str, jax.Array]]:
+        """The same tensors left on one device, each made when it is asked for: what engines on GPUs can read there."""
+        for number, spec in enumerate(self.specs):
+            yield spec.name, self._make(number, spec.dtype)
+
     def follow(self) -> None:
         """Take part in the gathers of a process that iterates, and copy nothing to this process's host."""
         for number in range(len(self)):
@@ -136,20 +141,28 @@ class TensorStream:
         return begun
 
     def _begin(self, number: int) -> jax.Array | None:
-        """Start the program that makes a tensor, on one device; None where the host makes it."""
-        entry = self._entries[number]
-        leaf = _whole_if_replicated(lookup(self._params, entry.path))
+        """Start to make a tensor on a device; None where the host makes it."""
+        leaf = self._leaf(number)
         if _is_on_host(leaf):
             return None
-        dtype = self.specs[number].dtype if self._cast_on_devices else leaf.dtype
+        return self._make(number, self.specs[number].dtype if self._cast_on_devices else leaf.dtype)
+
+    def _make(self, number: int, dtype: np.dtype) -> jax.Array:
         # The copies of the other devices go at once.
-        return on_devices(leaf, entry, dtype).addressable_data(0)
+        return on_devices(self._leaf(number), self._entries[number], dtype).addressable_data(0)
+
+    def _leaf(self, number: int) -> Any:
+        """A tensor's leaf; where every device holds all of it, one device's copy: nothing needs to be gathered."""
+        leaf = lookup(self._params, self._entries[number].path)
+        if isinstance(leaf, jax.Array) and leaf.is_fully_replicated and len(leaf.sharding.device_set) > 1:
+            return leaf.addressable_data(0)
+        return leaf
 
     def _finish(self, number: int, begun: jax.Array | None) -> np.ndarray:
         """The tensor on the host."""
         entry, dtype = self._entries[number], self.specs[number].dtype
         if begun is None:
-            return _on_host(_whole_if_replicated(lookup(self._params, entry.path)), entry, dtype)
+            return _on_host(self._leaf(number), entry, dtype)
         tensor = np.asarray(begun)
         if tensor.dtype == dtype:
             return tensor
@@ -159,11 +172,12 @@ class TensorStream:
         return cast
 
 
-def on_devices(leaf: jax.Array, entry: Entry, dtype: Any) -> jax.Array:
+def on_devices(leaf: Any, entry: Entry, dtype: Any) -> jax.Array:
     """An entry's tensor made on its leaf's devices, whole on each of them; a program per shape, whatever the layer.
 
     Parameters over several devices, or several processes, are gathered by the program itself, after the cast.
     """
+    leaf = jnp.asarray(leaf)
     layer = None if entry.layer is None else np.int32(entry.layer)
     replicated = None
     if len(leaf.sharding.device_set) > 1:
@@ -201,13 +215,6 @@ def _named(entries: Sequence[Entry], stored: Mapping[str, Any] | None, with_head
             f"the source's tensors do not fit its config.json: missing {missing[:5]}, unexpected {list(given)[:5]}"
         )
     return named
-
-
-def _whole_if_replicated(leaf: Any) -> Any:
-    """One device's copy of a leaf that every device holds whole: nothing needs to be gathered."""
-    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated and len(leaf.sharding.device_set) > 1:
-        return leaf.addressable_data(0)
-    return leaf
 
 
 def _is_on_host(leaf: Any) -> bool:

@@ -73,6 +73,8 @@ def test_tensors_made_on_the_device_have_the_bits_of_those_made_on_the_host(
     stream = TensorStream(params, layout(config), dtype=dtype, bucket_bytes=8_000, for_engines=True)
     assert same_bits(dict(item for bucket in stream.buckets() for item in bucket), expected_by_engines(tensors, dtype))
     assert same_bits(dict(stream), expected_by_engines(tensors, dtype))
+    on_device = {name: np.asarray(tensor) for name, tensor in stream.on_device()}
+    assert same_bits(on_device, expected_by_engines(tensors, dtype))
 
 
 def test_a_tensor_moved_on_the_device_keeps_every_bit():
