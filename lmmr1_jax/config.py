@@ -69,10 +69,70 @@ class RolloutConfig:
     """A completion is cut at this many tokens."""
     temperature: float = 1.0
     """Sampling temperature; the learner's log-probs are of the same distribution."""
+    sampler: Literal["jax", "vllm"] = "jax"
+    """`jax` samples on the learner's devices; `vllm` with engines of their own, see `vllm` and `ray`."""
+    staleness: int = 0
+    """Batches that engines sample ahead of the learner; 0 is strictly on-policy."""
+    update: Literal["between", "within"] = "between"
+    """With staleness: new weights wait until an engine's completions have ended, or reach it in their midst."""
     gap_warn: float = 0.02
     """Warn when the mean gap between the learner's and the sampler's log-probs is above this."""
     gap_stop: float = 0.2
     """Stop when it is above this for 3 steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmConfig:
+    engines: int = 1
+    """Engines, each with the whole model."""
+    tensor_parallel: int = 1
+    """Devices of an engine, which share its weights."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What engines run on; auto takes GPUs where the cluster has any."""
+    cpus: int = 2
+    """CPU cores that an engine reserves; a CPU engine computes with as many threads."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and products; auto is bfloat16 on GPUs and float32 on CPUs."""
+    max_sequences: int = 256
+    """Completions that an engine samples at a time."""
+    memory_share: float = 0.9
+    """Share of a GPU's memory that an engine takes, its weights included."""
+    kv_cache_gib: float = 0.0
+    """Memory for keys and values, GiB; 0 takes what `memory_share` leaves on a GPU, and 1 on a CPU."""
+    eager: bool = False
+    """No CUDA graphs and no compilation: a faster start and slower sampling. Always so on a CPU."""
+    pictures: int = 8
+    """Pictures of one prompt, at most."""
+    transport: Literal["auto", "host", "nccl", "ipc"] = "auto"
+    """How weights travel: `host` through Ray's object store, `nccl` and `ipc` between GPUs; auto takes host."""
+    bucket_mib: int = 256
+    """Weights travel in buckets of at most this size, or of one tensor."""
+    colocate: bool = False
+    """Engines share the learner's GPUs: they sleep while it learns."""
+    resource: str = ""
+    """Engines run only on nodes that were started with this custom resource of Ray."""
+    label: str = ""
+    """Engines run only on nodes with this label, NAME=VALUE."""
+    start_timeout: float = 600.0
+    """Seconds within which an engine must be there, at the start and after all were lost."""
+    sync_timeout: float = 600.0
+    """Seconds within which an engine must take a bucket of weights; else it is replaced."""
+    request_timeout: float = 3600.0
+    """Seconds within which an engine must finish a group; else it is replaced."""
+    restarts: int = 3
+    """How often in a row an engine is replaced before it has finished a group."""
+    arguments: str = ""
+    """More arguments of vLLM's EngineArgs, as a JSON object."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RayConfig:
+    address: str = ""
+    """HOST:PORT of a cluster that this machine is a node of, or `auto`; empty starts one here, on localhost."""
+    timeout: float = 60.0
+    """Seconds within which the cluster must answer and have room for the engines."""
+    devices: str = ""
+    """GPUs for the engines of a cluster that is started here, as in CUDA_VISIBLE_DEVICES; empty takes all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +261,8 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
+    ray: RayConfig = RayConfig()
     rewards: RewardsConfig = RewardsConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -54,17 +54,21 @@ def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.tra
 
 
 def load_config_file(path: str | Path) -> TrainConfig:
-    """The `config` that a Python file exports, each field of its own type.
+    """The `config` that a Python file exports, each field of its own type. The file may import its neighbours.
 
     Raises:
       UserError: the file is missing, fails to run, exports no TrainConfig, or a field has the wrong type.
     """
     if not Path(path).is_file():
         raise UserError(f"--config {path}: there is no such file")
+    neighbours = str(Path(path).resolve().parent)
+    sys.path.insert(0, neighbours)
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:
         raise UserError(f"--config {_place(path, error)}: {_reason(error)}") from error
+    finally:
+        sys.path.remove(neighbours)
     config = names.get("config")
     if not isinstance(config, TrainConfig):
         found = "no `config`" if config is None else f"a `config` of type {type(config).__name__}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 
-from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.config import RayConfig, RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.config_fields import field_types
 from lmmr1_jax.errors import UserError
 
@@ -15,19 +15,23 @@ _RANGES = (
         "at least 0",
         lambda value: value >= 0,
         "run.seed run.steps learner.learning_rate learner.weight_decay learner.row_length learner.rows "
-        "learner.picture_rows eval.size eval.every eval.max_new_tokens tracking.samples tracking.pictures_every",
+        "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
+        "eval.max_new_tokens tracking.samples tracking.pictures_every",
     ),
     (
         "at least 1",
         lambda value: value >= 1,
         "data.epochs data.max_prompt_tokens data.workers rollout.prompts rollout.completions rollout.max_new_tokens "
+        "vllm.engines vllm.tensor_parallel vllm.cpus vllm.max_sequences vllm.bucket_mib "
         "rewards.workers learner.epochs learner.minibatches learner.logprob_chunk checkpoint.every checkpoint.keep",
     ),
     (
         "above 0",
         lambda value: value > 0,
-        "rollout.temperature rollout.gap_warn rollout.gap_stop rewards.timeout learner.adam_eps learner.max_grad_norm",
+        "rollout.temperature rollout.gap_warn rollout.gap_stop vllm.start_timeout vllm.sync_timeout "
+        "vllm.request_timeout ray.timeout rewards.timeout learner.adam_eps learner.max_grad_norm",
     ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "learner.warmup_ratio learner.min_learning_rate_ratio"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "learner.adam_b1 learner.adam_b2"),
 )
@@ -46,8 +50,30 @@ def check_ranges(config: TrainConfig) -> None:
         value = functools.reduce(getattr, name.split("."), config)
         if kind is float and name not in _MAY_BE_INFINITE and not math.isfinite(value):
             raise UserError(f"{name} is {value!r}; it must be a finite number")
+    _check_sampler(config)
     if config.learner.minibatches > config.rollout.prompts:
         raise UserError(
             f"learner.minibatches is {config.learner.minibatches}; it must be at most rollout.prompts, "
             f"{config.rollout.prompts}, for groups are dealt to minibatches whole"
         )
+
+
+def _check_sampler(config: TrainConfig) -> None:
+    """What only engines of their own can do, or what they can't do together."""
+    rollout, vllm = config.rollout, config.vllm
+    if rollout.sampler == "jax":
+        for group, default in (("vllm", VllmConfig()), ("ray", RayConfig())):
+            for name, value in vars(getattr(config, group)).items():
+                if value != getattr(default, name):
+                    raise UserError(f"{group}.{name} is set, but rollout.sampler is jax, which does not read it")
+        if rollout.staleness:
+            raise UserError(
+                "rollout.staleness is set, but the built-in sampler shares the learner's devices and cannot run ahead; "
+                "it needs rollout.sampler vllm"
+            )
+    if rollout.update != RolloutConfig().update and not rollout.staleness:
+        raise UserError("rollout.update is set, but with rollout.staleness 0 nothing is being sampled during an update")
+    if vllm.colocate and rollout.staleness:
+        raise UserError("vllm.colocate lets engines sleep while the learner works; rollout.staleness must be 0")
+    if vllm.label and not all(vllm.label.partition("=")):
+        raise UserError(f"vllm.label is {vllm.label!r}; it must be NAME=VALUE")

@@ -26,7 +26,6 @@ from lmmr1_jax.learner.sharding import row_shards
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.rollout.jax_sampler import sampling_key
-from lmmr1_jax.rollout.prompt_batch import PromptShapes
 from lmmr1_jax.types import EncodedPrompt, PackedBatch, Reward, Rollout
 
 CPU_TOKENS = 3072
@@ -69,8 +68,13 @@ class Step:
 
     def sample(self, prompts: Sequence[EncodedPrompt], done: int) -> list[Rollout]:
         """The groups that the sampler's weights write for `prompts`; `done` steps lie behind."""
-        settings = self.config.rollout
-        groups = self.policy.sampler.sample(
+        return self.begin(prompts, done)()
+
+    def begin(self, prompts: Sequence[EncodedPrompt], done: int) -> Callable[[], list[Rollout]]:
+        """Lets the sampler begin with `prompts`, for the step that `done` steps lie behind; what it returns waits for
+        the groups."""
+        settings, sampler = self.config.rollout, self.policy.sampler
+        ticket = sampler.submit(
             prompts,
             settings.completions,
             max_new_tokens=settings.max_new_tokens,
@@ -78,7 +82,11 @@ class Step:
             temperature=settings.temperature,
             ignore_ends=self._forced_length,
         )
-        return [Rollout(encoded, group) for encoded, group in zip(prompts, groups, strict=True)]
+
+        def collect() -> list[Rollout]:
+            return [Rollout(*pair) for pair in zip(prompts, sampler.collect(ticket), strict=True)]
+
+        return collect
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same groups with their rewards."""
@@ -128,6 +136,7 @@ class Step:
         """All updates of the step. Metrics are means over the updates, but for the gap (the first update's, whose
         weights are those that sampled) and for what counts on (the last's)."""
         told = []
+        self.policy.sampler.forget()
         for _ in range(self.config.learner.epochs):
             for batch in batches:
                 state, metrics = self.learner.update(state, batch)
@@ -140,14 +149,14 @@ class Step:
     def state(self) -> dict[str, Any]:
         """Shapes, the learner's and the sampler's: what a resumed run must go on with."""
         packed = None if self.shapes is None else dataclasses.asdict(self.shapes)
-        return {"packed": packed, "prompts": dataclasses.asdict(self.policy.sampler.shapes)}
+        return {"packed": packed, "sampler": self.policy.sampler.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to `state`; on another number of devices rows are planned anew."""
         packed = state["packed"]
         if packed is not None and packed["row_devices"] == row_shards(self.policy.mesh):
             self.shapes = PackShapes(**packed)
-        self.policy.sampler.shapes = PromptShapes(**state["prompts"])
+        self.policy.sampler.restore(state["sampler"])
 
     def _fit_shapes(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Rollout]]) -> None:
         vision = self.policy.network.config.vision
@@ -163,6 +172,13 @@ class Step:
             )
         for groups in minibatches:
             self.shapes = grow(self.shapes, groups, vision)
+
+
+def lag(rollouts: Sequence[Rollout], done: int) -> dict[str, float]:
+    """How many updates the learner, `done` behind it, is ahead of the weights that sampled: mean and most over all
+    tokens."""
+    versions = np.concatenate([c.policy_version for rollout in rollouts for c in rollout.completions])
+    return {"lag/mean": float(np.mean(done - versions)), "lag/max": int(np.max(done - versions))}
 
 
 class Stopwatch:

@@ -34,10 +34,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.gap_watch import GapWatch
     from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
     from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rollout.ahead import Ahead
     from lmmr1_jax.rollout.evaluation import evaluate
+    from lmmr1_jax.rollout.gap_probe import GapProbe
     from lmmr1_jax.rollout.jax_sampler import sampling_key
     from lmmr1_jax.run_folder import describe_run, open_run_folder
-    from lmmr1_jax.step import Step, Stopwatch
+    from lmmr1_jax.step import Step, Stopwatch, lag
     from lmmr1_jax.stop_signal import StopRequested, StopSignal
     from lmmr1_jax.tracking.tracker import Tracker
 
@@ -48,7 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
-        policy = assembly.assemble_policy(config)
+        policy = open_parts.enter_context(assembly.open_policy(config))
         prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
         feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
@@ -58,10 +60,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         open_parts.callback(checkpoints.close)
         step = Step(config, policy, learner, verifier.score)
+        batches = Ahead(
+            feeder,
+            skips,
+            step.begin,
+            prompts=config.rollout.prompts,
+            staleness=config.rollout.staleness,
+            batches=total_steps,
+        )
         gap = GapWatch(config.rollout.gap_warn, config.rollout.gap_stop)
+        # On the policy every step measures the gap itself.
+        probe = GapProbe(config, policy, learner) if config.rollout.staleness else None
 
         # Where the run stands: `done` steps lie behind it, and these parts remember something between steps.
-        remembering = {"feeder": feeder, "held_out": held_out, "skips": skips, "shapes": step, "gap": gap}
+        remembering = {"batches": batches, "held_out": held_out, "shapes": step, "gap": gap}
         if resumes:
             done, state, memory = checkpoints.restore_newest(learner.abstract_state())
             for name, part in remembering.items():
@@ -108,11 +120,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             try:
                 stop.check()
                 with watch("rollout"):
-                    rollouts = step.sample(feeder.take(config.rollout.prompts), done)
+                    rollouts = batches.next(done)
                 stop.check()
                 with watch("score"):
                     rollouts = step.score(rollouts)
-                    batches = step.prepare(rollouts, state.params)
+                    minibatches = step.prepare(rollouts, state.params)
                 stop.check()
             except StopRequested as reason:
                 if done not in checkpoints.steps():
@@ -121,10 +133,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 tracker.say(f"stopped by {reason} after step {done}; --resume goes on from there")
                 raise
             with watch("learn"):
-                state, metrics = step.update(state, batches)
+                state, metrics = step.update(state, minibatches)
+            metrics |= lag(rollouts, done)
             done += 1
             with watch("sync"):
-                policy.sampler.load(state.params, done)
+                policy.sampler.load(state.params, done, within=config.rollout.update == "within")
+                if probe is not None:
+                    metrics |= probe.measure(rollouts[0].encoded, state.params)
             if done == first + 1:  # all programs are compiled
                 release_memory()
 

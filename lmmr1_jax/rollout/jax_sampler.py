@@ -11,9 +11,10 @@ depends on the key, the prompt's id and the completion's number, not on what els
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -87,12 +88,13 @@ class JaxSampler:
         self._params: Mapping[str, Any] | None = None
         self._weights: DecoderWeights | None = None
 
-    def load(self, params: Mapping[str, Any], version: int = 0) -> None:
+    def load(self, params: Mapping[str, Any], version: int = 0, *, within: bool = False) -> None:
         """Takes the weights: they are used where they lie, so load again after an update that donates them.
 
         Args:
           params: the network's parameters, float32.
           version: how many updates they have seen; completions carry it.
+          within: of no meaning here, where nothing is ever sampled meanwhile.
         """
         language = params["language"]
         dtype = self.network.compute_dtype
@@ -104,6 +106,29 @@ class JaxSampler:
         if replicated is not None:
             layers, norm = jax.device_put((layers, norm), replicated)
         self._params, self._weights, self.version = params, DecoderWeights(embedding, head, norm, layers), version
+
+    def forget(self) -> None:
+        """The parameters are about to be donated to an update."""
+        self._params = None
+
+    def rest(self) -> None:
+        """Nothing is wanted until the next `load`; the weights are the learner's own, so nothing is given back."""
+
+    def submit(self, encoded: Sequence[EncodedPrompt], n: int, **settings: Any) -> Callable[[], Any]:
+        """`sample`, put off until `collect` asks for it: there is nothing here that could sample meanwhile."""
+        return functools.partial(self.sample, encoded, n, **settings)
+
+    def collect(self, ticket: Callable[[], Any]) -> list[tuple[Completion, ...]]:
+        """What `submit` put off."""
+        return ticket()
+
+    def state(self) -> dict[str, Any]:
+        """The shapes in use, which a resumed run must go on with to sample the same last bits."""
+        return dataclasses.asdict(self.shapes)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to `state`."""
+        self.shapes = PromptShapes(**state)
 
     def sample(
         self,
@@ -125,7 +150,7 @@ class JaxSampler:
           top_p, top_k: truncate what is drawn from, never the log-probs; 1 and 0 are off.
           ignore_ends: go on to exactly `max_new_tokens` tokens (for benchmarks).
         """
-        if self._weights is None:
+        if self._params is None or self._weights is None:
             raise RuntimeError("load the weights before sampling")
         if not encoded:
             return []

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import os
 import queue
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -68,7 +68,10 @@ class Engine:
         group = _Group(request, Future())
 
         def accept() -> None:
-            self._waiting.append(group)
+            if request.urgent:
+                self._waiting.appendleft(group)
+            else:
+                self._waiting.append(group)
 
         self._ask(accept, fails=group.result)
         return group.result
@@ -99,7 +102,7 @@ class Engine:
 
         def finish() -> None:
             self._llm.collective_rpc("finish_weight_update")
-            self._llm.engine_core.set_weight_version(str(version))
+            self._llm.set_weight_version(str(version))
             self._wake("kv_cache")
             if not self._groups:
                 # Features and keys of the old weights. What is sampled meanwhile can't be reset under its feet; it
@@ -193,7 +196,8 @@ class Engine:
         busy = sum(group.unfinished for group in self._groups.values())
         while self._waiting:
             group = self._waiting[0]
-            if self._groups and busy + group.request.completions > self._settings.max_sequences:
+            full = busy + group.request.completions > self._settings.max_sequences
+            if full and self._groups and not group.request.urgent:
                 return
             self._waiting.popleft()
             try:
@@ -329,9 +333,8 @@ def _line(error: BaseException) -> str:
 
 def _other_prompt(request: GroupRequest, ids: list[int]) -> str:
     sizes = ", ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in request.pictures)
-    return (
-        f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {len(request.token_ids)} (pictures: {sizes or 'none'})"
-    )
+    expected = len(request.token_ids)
+    return f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {expected} (pictures: {sizes or 'none'})"
 
 
 def _build(settings: EngineSettings, folder: Path) -> Any:
@@ -341,7 +344,18 @@ def _build(settings: EngineSettings, folder: Path) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from vllm.config import WeightTransferConfig
+    try:
+        import vllm
+    except ImportError as error:
+        raise RuntimeError(
+            f"vLLM can't be imported on {socket.gethostname()} ({_line(error)}); requirements-sampler.txt installs it"
+        ) from error
+    try:
+        from vllm.config import WeightTransferConfig
+    except ImportError as error:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} on {socket.gethostname()} is too old to take weights: it must be 0.32"
+        ) from error
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine

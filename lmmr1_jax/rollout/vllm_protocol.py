@@ -65,6 +65,7 @@ class GroupRequest:
       temperature: 0 is greedy.
       top_p, top_k: 1 and 0 are off.
       ignore_ends: go on to exactly `max_new_tokens` tokens.
+      urgent: goes before all that waits.
     """
 
     name: str
@@ -77,6 +78,7 @@ class GroupRequest:
     top_p: float = 1.0
     top_k: int = 0
     ignore_ends: bool = False
+    urgent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

