@@ -23,7 +23,7 @@ from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.config_fields import checked, close_matches, describe_type, field_types
 from lmmr1_jax.config_ranges import check_ranges
 from lmmr1_jax.errors import UserError
-from weights_bridge.errors import CheckpointError
+from weights_bridge.errors import BridgeError
 
 ALIASES = {"--resume": "--run.resume"}
 HELP = """Train a Qwen2, Qwen2-VL or Qwen2.5-VL checkpoint by reinforcement learning.
@@ -80,7 +80,7 @@ def run_cli(main: Callable[[], Any]) -> None:
     """Runs a command and ends the process: what the user can mend is one line on stderr and exit status 2."""
     try:
         status = main()
-    except (UserError, CheckpointError) as error:
+    except (UserError, BridgeError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

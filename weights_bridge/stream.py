@@ -102,7 +102,7 @@ class TensorStream:
         A loop's variable keeps its bucket until the next one has been made; a consumer that cannot afford two
         deletes it when it is done.
         """
-        return self._batches(self._split())
+        return self._batches(split([spec.nbytes for spec in self.specs], self._bucket_bytes))
 
     def on_device(self) -> Iterator[tuple[str, jax.Array]]:
         """The same tensors left on one device, each made when it is asked for: what engines on GPUs can read there."""
@@ -113,18 +113,6 @@ class TensorStream:
         """Take part in the gathers of a process that iterates, and copy nothing to this process's host."""
         for number in range(len(self)):
             jax.block_until_ready(self._begin(number))
-
-    def _split(self) -> list[list[int]]:
-        """The tensors' numbers, bucket by bucket."""
-        split: list[list[int]] = [[]]
-        held = 0
-        for number, spec in enumerate(self.specs):
-            if split[-1] and held + spec.nbytes > self._bucket_bytes:
-                split.append([])
-                held = 0
-            split[-1].append(number)
-            held += spec.nbytes
-        return split
 
     def _batches(self, batches: Sequence[Sequence[int]]) -> Iterator[list[tuple[str, np.ndarray]]]:
         coming = self._begin_all(batches[0])
@@ -170,6 +158,19 @@ class TensorStream:
         cast = np.empty(tensor.shape, dtype)
         copy_blocks(cast, tensor)
         return cast
+
+
+def split(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """The places of tensors bucket by bucket: each of at most `limit` bytes, or of one tensor."""
+    buckets: list[list[int]] = [[]]
+    held = 0
+    for number, size in enumerate(sizes):
+        if buckets[-1] and held + size > limit:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(number)
+        held += size
+    return buckets
 
 
 def on_devices(leaf: Any, entry: Entry, dtype: Any) -> jax.Array:
