@@ -151,20 +151,52 @@ class RewardsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AlgorithmConfig:
-    name: Literal["rloo", "rloo_lmm_r1"] = "rloo"
-    """`rloo` as published; `rloo_lmm_r1` clips the shaped reward and normalises over all tokens, as LMM-R1 does."""
-    clip: float = 0.2
-    """PPO's clip range of the probability ratio."""
+    """Where a field is None, the algorithm has it as its paper does: docs/algorithms.md has the table."""
+
+    name: Literal[
+        "rloo", "rloo_lmm_r1", "reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
+    ] = "rloo"
+    """How rewards become advantages, and what the fields below are where they are None."""
+    loss: Literal["clip", "gspo", "cispo", "policy_gradient"] | None = None
+    """The policy's surrogate: PPO's clip, GSPO's ratio of whole completions, CISPO's clipped weights, or REINFORCE."""
+    clip_low: float | None = None
+    """The probability ratio is clipped below 1 minus this."""
+    clip_high: float | None = None
+    """The probability ratio is clipped above 1 plus this."""
+    dual_clip: float = 0.0
+    """Where the advantage is negative, a token's loss is at most this times the advantage's size; above 1, 0 is off."""
+    aggregation: Literal["token", "sequence", "constant"] | None = None
+    """A token's share of the loss: one over all tokens of the minibatch, the mean over completions of the mean over
+    their tokens, or the same with a constant for the number of tokens."""
+    aggregation_length: int | None = None
+    """The constant that `aggregation constant` divides by; None takes `rollout.max_new_tokens`."""
+    normalize_rewards: Literal["none", "group", "batch"] = "none"
+    """Rewards less their mean, over their standard deviation, before the baseline: of each group, or of the step."""
+    normalize_advantages: Literal["none", "group", "batch"] | None = None
+    """`group` divides by the standard deviation of the group's rewards; `batch` subtracts the mean and divides by the
+    standard deviation over all tokens of the step."""
+    normalize_std: bool = True
+    """Off: `normalize_advantages` does not divide by the standard deviation, only `batch`'s mean is subtracted."""
+    reward_clip: float | None = None
+    """A completion's reward, its baseline taken off, is clipped to plus and minus this, as LMM-R1 does."""
+    discount: float = 1.0
+    """Gamma: what a reward counts one token earlier."""
+    overlong_share: float | None = None
+    """DAPO's soft penalty: in the last such share of `rollout.max_new_tokens` a completion's reward falls; 0 is off."""
+    overlong_penalty: float = 1.0
+    """What a completion of `rollout.max_new_tokens` tokens loses."""
     kl_coefficient: float = 0.0
     """Weight of the KL to the starting policy; 0 keeps no reference model in memory."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Schulman's estimators of the KL per token."""
-    kl_placement: Literal["reward", "loss"] = "reward"
+    kl_placement: Literal["reward", "loss"] | None = None
     """Subtract the KL from the token rewards, or add it to the loss."""
-    reward_clip: float = 10.0
-    """`rloo_lmm_r1` clips a completion's shaped reward to plus and minus this."""
-    normalize_std: bool = True
-    """`rloo_lmm_r1`: divide by the standard deviation as well as subtracting the mean."""
+    kl_target: float = 0.0
+    """KL per token, in nats, that the coefficient is steered to; 0 keeps the coefficient as it is."""
+    kl_horizon: float = 10_000.0
+    """Completions over which the coefficient is steered."""
+    entropy_bonus: float = 0.0
+    """Weight of the policy's entropy, which is subtracted from the loss."""
     importance: Literal["token", "sequence", "masked_token", "masked_sequence", "none"] = "token"
     """Correct for the sampler's having drawn from a slightly or quite other distribution than the learner's: weigh a
     token's loss by the ratio of the two probabilities, of the token or of its whole completion, cut at the cap or, if

@@ -16,23 +16,31 @@ _RANGES = (
         lambda value: value >= 0,
         "run.seed run.steps learner.learning_rate learner.weight_decay learner.row_length learner.rows "
         "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
-        "eval.max_new_tokens tracking.samples tracking.pictures_every",
+        "eval.max_new_tokens tracking.samples tracking.pictures_every algorithm.kl_coefficient algorithm.kl_target "
+        "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high",
     ),
     (
         "at least 1",
         lambda value: value >= 1,
         "data.epochs data.max_prompt_tokens data.workers rollout.prompts rollout.completions rollout.max_new_tokens "
         "vllm.engines vllm.tensor_parallel vllm.cpus vllm.max_sequences vllm.bucket_mib "
-        "rewards.workers learner.epochs learner.minibatches learner.logprob_chunk checkpoint.every checkpoint.keep",
+        "rewards.workers learner.epochs learner.minibatches learner.logprob_chunk checkpoint.every checkpoint.keep "
+        "algorithm.importance_cap algorithm.aggregation_length",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "rollout.temperature rollout.gap_warn rollout.gap_stop vllm.start_timeout vllm.sync_timeout "
-        "vllm.request_timeout ray.timeout rewards.timeout learner.adam_eps learner.max_grad_norm",
+        "vllm.request_timeout ray.timeout rewards.timeout learner.adam_eps learner.max_grad_norm "
+        "algorithm.kl_horizon algorithm.reward_clip",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, "learner.warmup_ratio learner.min_learning_rate_ratio"),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "learner.warmup_ratio learner.min_learning_rate_ratio algorithm.discount algorithm.overlong_share",
+    ),
+    ("0 or above 1", lambda value: value == 0 or value > 1, "algorithm.dual_clip"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "learner.adam_b1 learner.adam_b2"),
 )
 # Limits that may be no limit.
@@ -44,11 +52,11 @@ def check_ranges(config: TrainConfig) -> None:
     for wanted, is_right, names in _RANGES:
         for name in names.split():
             value = functools.reduce(getattr, name.split("."), config)
-            if not is_right(value):
+            if value is not None and not is_right(value):
                 raise UserError(f"{name} is {value!r}; it must be {wanted}")
-    for name, kind in field_types(TrainConfig).items():
+    for name in field_types(TrainConfig):
         value = functools.reduce(getattr, name.split("."), config)
-        if kind is float and name not in _MAY_BE_INFINITE and not math.isfinite(value):
+        if isinstance(value, float) and name not in _MAY_BE_INFINITE and not math.isfinite(value):
             raise UserError(f"{name} is {value!r}; it must be a finite number")
     _check_sampler(config)
     if config.learner.minibatches > config.rollout.prompts:

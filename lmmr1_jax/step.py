@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from lmmr1_jax.algorithms import registry
+from lmmr1_jax.algorithms.kl import adapted_coefficient
+from lmmr1_jax.algorithms.overlong import with_overlong_penalty
 from lmmr1_jax.assembly import Policy
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.data.packing import PackShapes, gather, grow, pack, plan_shapes, scatter
@@ -40,6 +42,7 @@ class Step:
     Attributes:
       shapes: of the packed batches; planned at the first rollout, part of the run's state from then on, because
         padding can change the last bit of a sum.
+      kl_coefficient: beta, part of the run's state too where the config steers it.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Step:
           score_texts: rewards of (completions as text, gold answers, prompts as text); `Verifier.score`.
           forced_length: completions don't end before the limit (for benchmarks).
         """
-        self.config, self.policy, self.learner = config, policy, learner
+        self.config, self.policy, self.learner = registry.resolved(config), policy, learner
+        self.kl_coefficient = config.algorithm.kl_coefficient
         self.shapes: PackShapes | None = None
         self._score_texts = score_texts
         self._forced_length = forced_length
@@ -97,13 +101,15 @@ class Step:
             decoded = [self.policy.processor.decode(rollout.encoded.token_ids) for rollout in rollouts]
             prompts = [text for text, rollout in zip(decoded, rollouts, strict=True) for _ in rollout.completions]
         rewards = iter(self._score_texts(texts, labels, prompts))
-        return [dataclasses.replace(r, rewards=tuple(next(rewards) for _ in r.completions)) for r in rollouts]
+        scored = [dataclasses.replace(r, rewards=tuple(next(rewards) for _ in r.completions)) for r in rollouts]
+        return with_overlong_penalty(scored, self.config.algorithm, self.config.rollout.max_new_tokens)
 
     def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:
         """The groups as minibatches, with advantages and the log-probs that the algorithm asks for.
 
         Old and reference log-probs cost a pass each and are computed only where something reads them.
         """
+        algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=self.kl_coefficient)
         minibatches = [list(part) for part in _deal(rollouts, self.config.learner.minibatches)]
         self._fit_shapes(rollouts, minibatches)
         vision, patches_of = self.policy.network.config.vision, self.policy.processor.patches
@@ -118,6 +124,7 @@ class Step:
                 dataclasses.replace(batch, reference_log_probs=self.learner.log_probs(self._reference, batch))
                 for batch in batches
             ]
+        if self._reference is not None and algorithm.kl_placement == "reward":
             log_ratios = [
                 ratio
                 for batch in batches
@@ -126,9 +133,13 @@ class Step:
                 )
             ]
         # All groups of the step together: an algorithm may normalise over the whole rollout batch.
-        judged = iter(self._algorithm.advantages(rollouts, self.config.algorithm, log_ratios))
+        judged = iter(self._algorithm.advantages(rollouts, algorithm, log_ratios))
         return [
-            dataclasses.replace(batch, advantages=scatter([a for _ in groups for a in next(judged).advantages], batch))
+            dataclasses.replace(
+                batch,
+                advantages=scatter([a for _ in groups for a in next(judged).advantages], batch),
+                kl_coefficient=np.asarray(self.kl_coefficient, np.float32),
+            )
             for groups, batch in zip(minibatches, batches, strict=True)
         ]
 
@@ -144,12 +155,21 @@ class Step:
         combined = {name: float(np.mean([metrics[name] for metrics in told])) for name in told[0]}
         combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
         combined |= {name: told[-1][name] for name in ("learning_rate", "skipped_updates")}
+        combined["kl_coefficient"] = self.kl_coefficient
+        if (algorithm := self.config.algorithm).kl_target:
+            self.kl_coefficient = adapted_coefficient(
+                self.kl_coefficient,
+                combined["kl"],
+                target=algorithm.kl_target,
+                horizon=algorithm.kl_horizon,
+                completions=int(sum(batch.completions_total for batch in batches)),
+            )
         return state, combined
 
     def state(self) -> dict[str, Any]:
-        """Shapes, the learner's and the sampler's: what a resumed run must go on with."""
+        """Shapes, the learner's and the sampler's, and the KL's coefficient: what a resumed run must go on with."""
         packed = None if self.shapes is None else dataclasses.asdict(self.shapes)
-        return {"packed": packed, "sampler": self.policy.sampler.state()}
+        return {"packed": packed, "sampler": self.policy.sampler.state(), "kl_coefficient": self.kl_coefficient}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to `state`; on another number of devices rows are planned anew."""
@@ -157,6 +177,8 @@ class Step:
         if packed is not None and packed["row_devices"] == row_shards(self.policy.mesh):
             self.shapes = PackShapes(**packed)
         self.policy.sampler.restore(state["sampler"])
+        if self.config.algorithm.kl_target:
+            self.kl_coefficient = state["kl_coefficient"]
 
     def _fit_shapes(self, rollouts: Sequence[Rollout], minibatches: Sequence[Sequence[Rollout]]) -> None:
         vision = self.policy.network.config.vision

@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.stop_signal import StopRequested, StopSignal
     from lmmr1_jax.tracking.tracker import Tracker
 
-    registry.check(config)
+    config = registry.checked(config)
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())
         folder = open_parts.enter_context(open_run_folder(config))

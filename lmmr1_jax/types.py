@@ -170,6 +170,7 @@ class PackedBatch:
       micro_batches: int32 `[]`, how many of the n hold anything.
       tokens_total: float32 `[]`, completion tokens in the whole minibatch.
       completions_total: float32 `[]`, completions in the whole minibatch.
+      kl_coefficient: float32 `[]`, of the KL in the loss; 0 until the step has set it.
     """
 
     tokens: np.ndarray
@@ -189,6 +190,7 @@ class PackedBatch:
     micro_batches: np.ndarray
     tokens_total: np.ndarray
     completions_total: np.ndarray
+    kl_coefficient: np.ndarray
 
 
 for _class in (VisionBatch, PackedBatch):

@@ -218,6 +218,7 @@ def pack_by_hand(rollouts: list[Rollout], config: ModelConfig, *, rows: int, len
         completion=int32(out, -1), advantages=np.zeros(out, np.float32), old_log_probs=np.zeros(out, np.float32),
         sampler_log_probs=np.zeros(out, np.float32), reference_log_probs=np.zeros(out, np.float32), vision=None,
         micro_batches=np.int32(count), tokens_total=np.float32(0), completions_total=np.float32(0),
+        kl_coefficient=np.float32(0),
     )  # fmt: skip
     number = 0
     for index, rollout in enumerate(rollouts):

@@ -100,6 +100,7 @@ def pack(
         micro_batches=np.asarray(len(batches), np.int32),
         tokens_total=np.asarray(sum(len(done.token_ids) for done in everyone), np.float32),
         completions_total=np.asarray(len(everyone), np.float32),
+        kl_coefficient=np.zeros((), np.float32),
     )
 
 

@@ -14,7 +14,7 @@ from lmmr1_jax.learner.sharding import constrain_rows
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.types import PackedBatch, VisionBatch
 
-_TOTALS = ("micro_batches", "tokens_total", "completions_total")
+_TOTALS = ("micro_batches", "tokens_total", "completions_total", "kl_coefficient")
 
 
 @dataclasses.dataclass(frozen=True)

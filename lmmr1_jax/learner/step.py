@@ -17,8 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from lmmr1_jax.algorithms.losses import LossInputs
-from lmmr1_jax.algorithms.registry import algorithm, needs_reference, updates_per_rollout
+from lmmr1_jax.algorithms import losses
+from lmmr1_jax.algorithms.loss_inputs import LossInputs
+from lmmr1_jax.algorithms.registry import needs_reference, resolved, updates_per_rollout
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.learner import optimizer
 from lmmr1_jax.learner.forward import Policy, micro_batch, response_log_probs
@@ -27,7 +28,7 @@ from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.types import PackedBatch
 
 Metrics = dict[str, Float[Array, ""]]
-_SUMMED = ("loss/policy", "kl", "clip_fraction", "importance/mean", "importance/clipped", "entropy", "gap/mean")
+_SUMMED = (*losses.METRICS, "gap/mean")
 
 
 class Learner:
@@ -66,7 +67,7 @@ class Learner:
           rules: how logical axes are split.
         """
         self.network = network
-        self.config = config
+        self.config = config = resolved(config)
         self.mesh = mesh
         self.total_updates = total_updates
         self.on_policy = updates_per_rollout(config) == 1
@@ -181,9 +182,10 @@ def _loss(learner: Learner, params: dict[str, Any], micro: PackedBatch):
     log_probs, entropy = response_log_probs(learner.network, params, micro, learner.policy, learner.mesh)
     # On the policy that sampled, ratio 1 is exact: the very same numbers, gradient stopped.
     old = jax.lax.stop_gradient(log_probs) if learner.on_policy else micro.old_log_probs
-    out = algorithm(config.algorithm.name).loss(
+    out = losses.loss(
         LossInputs(
             log_probs=log_probs,
+            entropy=entropy,
             old_log_probs=old,
             sampler_log_probs=micro.sampler_log_probs,
             reference_log_probs=micro.reference_log_probs if needs_reference(config) else None,
@@ -191,17 +193,14 @@ def _loss(learner: Learner, params: dict[str, Any], micro: PackedBatch):
             mask=micro.mask,
             completion=micro.completion,
             tokens_total=micro.tokens_total,
+            completions_total=micro.completions_total,
+            kl_coefficient=micro.kl_coefficient,
         ),
         config.algorithm,
     )
     held = micro.mask > 0
     gap = jnp.where(held, jnp.abs(jax.lax.stop_gradient(log_probs) - micro.sampler_log_probs), 0.0)
-    entropy = jnp.where(held, jax.lax.stop_gradient(entropy), 0.0)
-    sums = out.metrics | {
-        "entropy": jnp.sum(entropy) / micro.tokens_total,
-        "gap/mean": jnp.sum(gap) / micro.tokens_total,
-    }
-    return out.loss, (sums, jnp.max(gap))
+    return out.loss, (out.metrics | {"gap/mean": jnp.sum(gap) / micro.tokens_total}, jnp.max(gap))
 
 
 def _log_probs(learner: Learner, params: dict[str, Any], batch: PackedBatch) -> Float[Array, "n rows slots"]:

@@ -6,6 +6,7 @@ import pytest
 
 from lmmr1_jax.algorithms import registry
 from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.config_fields import field_types
 from lmmr1_jax.errors import UserError
 
 
@@ -17,30 +18,73 @@ def config(learner=None, rollout=None, **algorithm):
     )
 
 
-def test_defaults_pass_for_every_algorithm():
-    for name in registry.ALGORITHMS:
-        registry.check(config(name=name))
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_defaults_pass_and_what_they_stand_for_can_be_written_out(name):
+    filled = registry.checked(config(name=name))
+    assert registry.checked(filled) == filled == registry.resolved(config(name=name))
+    for field, value in registry.ALGORITHMS[name].own.items():
+        assert getattr(filled.algorithm, field) == value
 
 
-def test_a_field_that_the_algorithm_does_not_read_is_refused_by_name():
-    with pytest.raises(UserError, match="algorithm.reward_clip.*rloo_lmm_r1"):
-        registry.check(config(reward_clip=5.0))
-    registry.check(config(name="rloo_lmm_r1", reward_clip=5.0))
+def test_the_config_offers_exactly_the_algorithms_of_the_table():
+    assert field_types(AlgorithmConfig)["name"].__args__ == tuple(registry.ALGORITHMS)
 
 
-def test_every_field_is_read_by_some_algorithm():
-    read = set().union(*(a.reads for a in registry.ALGORITHMS.values()))
-    assert read == {f.name for f in dataclasses.fields(AlgorithmConfig)} - {"name"}
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_the_algorithms_own_values_yield_to_the_configs(name):
+    given = dict(loss="cispo", clip_low=0.1, clip_high=0.7, aggregation="constant", normalize_advantages="batch",
+                 kl_estimator="k2", kl_placement="reward", overlong_share=0.5)  # fmt: skip
+    filled = registry.checked(config(name=name, **given, rollout={"max_new_tokens": 33})).algorithm
+    assert {field: getattr(filled, field) for field in given} == given
+    assert filled.aggregation_length == 33
 
 
-def test_a_group_of_one_is_refused():
-    with pytest.raises(UserError, match="rollout.completions is 1"):
-        registry.check(config(rollout={"completions": 1}))
+@pytest.mark.parametrize(
+    "fields, readers",
+    [
+        (dict(reward_clip=5.0), "rloo_lmm_r1, reinforce_pp, reinforce_pp_baseline"),
+        (dict(discount=0.9), "only rloo_lmm_r1, reinforce_pp do"),
+        (dict(name="grpo", discount=0.9), "grpo does not read it"),
+        (dict(loss="policy_gradient", clip_low=0.1), "algorithm.loss is 'policy_gradient'"),
+        (dict(loss="policy_gradient", clip_high=0.1), "algorithm.loss is 'policy_gradient'"),
+        (dict(name="cispo", dual_clip=3.0), "algorithm.loss is 'cispo': it needs loss clip or gspo"),
+        (dict(aggregation_length=9), "algorithm.aggregation is 'token': it needs aggregation constant"),
+        (dict(normalize_std=False), "algorithm.normalize_advantages is 'none'"),
+        (dict(overlong_penalty=0.5), "it needs an overlong_share above 0"),
+        (dict(kl_target=0.1), "it needs a kl_coefficient above 0"),
+        (dict(kl_coefficient=0.1, kl_horizon=5.0), "it needs a kl_target above 0"),
+        (dict(importance="none", importance_cap=3.0), "algorithm.importance is 'none'"),
+    ],
+)
+def test_a_field_that_nothing_reads_is_refused_in_one_line_that_names_it(fields, readers):
+    with pytest.raises(UserError) as refused:
+        registry.checked(config(**fields))
+    message, last = str(refused.value), list(fields)[-1]
+    assert message.startswith(f"algorithm.{last} is set") and readers in message and "\n" not in message
+
+
+def test_the_same_fields_pass_where_something_reads_them():
+    registry.checked(config(name="rloo_lmm_r1", reward_clip=5.0, discount=0.9, normalize_std=False))
+    registry.checked(config(name="gspo", dual_clip=3.0, kl_coefficient=0.1, kl_target=0.1, kl_horizon=5.0))
+    registry.checked(config(name="dr_grpo", aggregation_length=9, overlong_share=0.1, overlong_penalty=0.5))
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.ALGORITHMS) - {"reinforce_pp"}))
+def test_a_group_of_one_is_refused_where_groups_are_compared(name):
+    with pytest.raises(UserError, match=f"rollout.completions is 1; {name}"):
+        registry.checked(config(name=name, rollout={"completions": 1}))
+
+
+def test_without_a_group_there_is_nothing_to_normalise_over():
+    registry.checked(config(name="reinforce_pp", rollout={"completions": 1}))
+    for field in ("normalize_rewards", "normalize_advantages"):
+        with pytest.raises(UserError, match="rollout.completions is 1"):
+            registry.checked(config(name="reinforce_pp", rollout={"completions": 1}, **{field: "group"}))
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="rloo, rloo_lmm_r1"):
-        registry.check(config(name="grpo2"))
+    with pytest.raises(UserError, match="cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, .*rloo, rloo_lmm_r1"):
+        registry.checked(config(name="grpo2"))
 
 
 def test_no_pass_is_made_that_nothing_needs():
@@ -50,3 +94,9 @@ def test_no_pass_is_made_that_nothing_needs():
     assert registry.needs_reference(config(kl_coefficient=0.1)) and registry.needs_old(config(kl_coefficient=0.1))
     in_loss = config(kl_coefficient=0.1, kl_placement="loss")
     assert registry.needs_reference(in_loss) and not registry.needs_old(in_loss)
+    assert not registry.needs_old(config(name="grpo", kl_coefficient=0.1))
+
+
+def test_resolving_touches_nothing_but_the_algorithm():
+    given = config(name="dapo", rollout={"prompts": 3})
+    assert dataclasses.replace(registry.resolved(given), algorithm=given.algorithm) == given

@@ -8,7 +8,7 @@ import packed_cases as cases
 import pytest
 
 from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.data.packing import PackShapes, pack
+from lmmr1_jax.data.packing import PackShapes, pack, scatter
 from lmmr1_jax.learner.sharding import make_mesh
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.models.config import parse_config
@@ -37,7 +37,7 @@ def setting():
     return learner, params, rollouts, cases.oracle_gradients(net, params, rollouts, importance="sequence")
 
 
-@pytest.mark.parametrize(
+WAYS = pytest.mark.parametrize(
     "options, at_least",
     [
         ({}, 1),
@@ -47,6 +47,9 @@ def setting():
         ({"row_length": 26, "response_slots": 16, "rows": 3}, 2),  # groups are cut over rows
     ],
 )
+
+
+@WAYS
 def test_packing_leaves_loss_and_gradient_alone(options, at_least):
     learner, params, rollouts, expected = setting()
     batch = pack(rollouts, dataclasses.replace(SHAPES, **options), learner.network.config.vision, cases.patches_of)
@@ -71,3 +74,42 @@ def _gaps(learner, params, rollouts):
     dense = np.asarray(cases.oracle_log_probs(learner.network, params, inputs))
     rows = zip(dense - inputs["sampler"], inputs["taken"], strict=True)
     return [gap[taken] for gap, taken in rows]
+
+
+@functools.cache
+def shared_ratios():
+    """GSPO averaged over completions with the KL and the entropy in the loss: all that looks at whole completions."""
+    first, params, rollouts, _ = setting()
+    algorithm = AlgorithmConfig(
+        name="gspo", clip_low=0.1, clip_high=0.1, importance="masked_sequence", entropy_bonus=0.1, kl_coefficient=0.1
+    )
+    config = TrainConfig(algorithm=algorithm, learner=LearnerConfig(logprob_chunk=32, epochs=2))
+    learner = Learner(
+        first.network, config, first.mesh, logical_axes(layout(cases.hf_config())), 10, banned_ids=cases.BANNED
+    )
+    dense = [gap.astype(np.float32) for gap in _gaps(learner, params, rollouts)]
+    sampler = [c.log_probs for r in rollouts for c in r.completions]
+    rng = np.random.default_rng(2)
+    policy = [g + s for g, s in zip(dense, sampler, strict=True)]
+    old, reference = ([(p + rng.normal(0, 0.5, p.size)).astype(np.float32) for p in policy] for _ in range(2))
+
+    def gradients(**options):
+        batch = pack(rollouts, dataclasses.replace(SHAPES, **options), first.network.config.vision, cases.patches_of)
+        batch = dataclasses.replace(
+            batch,
+            old_log_probs=scatter(old, batch),
+            reference_log_probs=scatter(reference, batch),
+            kl_coefficient=np.float32(0.1),
+        )
+        return learner.gradients(params, batch)
+
+    return gradients, gradients()
+
+
+@WAYS
+def test_packing_leaves_a_loss_of_whole_completions_alone(options, at_least):
+    gradients, (expected, told) = shared_ratios()
+    again, metrics = gradients(**options)
+    cases.assert_gradients_close(again, expected)
+    assert metrics == pytest.approx(told, rel=1e-4, abs=1e-6)
+    assert 0 < told["clip_fraction"] < 1 and 0 < told["importance/clipped"] < 1

@@ -201,7 +201,12 @@ def test_kl_in_the_loss_pulls_towards_the_reference():
     batch = cases.pack_by_hand(rollouts, config, rows=2)
     now = ours.log_probs(params, batch)
     reference = np.where(batch.mask > 0, now + 0.2, 0).astype(np.float32)
-    batch = dataclasses.replace(batch, reference_log_probs=reference, advantages=np.zeros_like(batch.advantages))
+    batch = dataclasses.replace(
+        batch,
+        reference_log_probs=reference,
+        advantages=np.zeros_like(batch.advantages),
+        kl_coefficient=np.float32(0.5),
+    )
     gradients, metrics = ours.gradients(params, batch)
     np.testing.assert_allclose(metrics["kl"], 0.02, rtol=1e-3)
     # d/dp of 0.5 * mean(d^2 / 2) is 0.5 * mean(d * dlp) with d = -0.2: the policy gradient of an advantage of 0.1
@@ -227,3 +232,26 @@ def test_a_sampler_that_agrees_leaves_the_gradient_alone(importance):
     gradients, metrics = ours.gradients(params, batch)
     cases.assert_gradients_close(gradients, expected())
     assert metrics["importance/mean"] == pytest.approx(1.0, abs=1e-5) and metrics["importance/clipped"] == 0
+
+
+def test_the_kl_coefficient_is_data_and_another_one_compiles_nothing():
+    _, config, _, params, rollouts = setting()
+    ours = learner(algorithm=AlgorithmConfig(kl_coefficient=0.5, kl_estimator="k2", kl_placement="loss"))
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    batch = dataclasses.replace(batch, advantages=np.zeros_like(batch.advantages), kl_coefficient=np.float32(0.5))
+    gradients, _ = ours.gradients(params, batch)
+    counter = CompilationCounter()
+    twice, _ = ours.gradients(params, dataclasses.replace(batch, kl_coefficient=np.float32(1.0)))
+    counter.close()
+    assert counter.count == 0, counter.names
+    cases.assert_gradients_close(jax.tree.map(lambda g: 2 * g, gradients), twice)
+
+
+def test_an_entropy_bonus_raises_the_entropy():
+    _, config, _, params, rollouts = setting()
+    ours = learner(algorithm=AlgorithmConfig(entropy_bonus=1.0), learning_rate=1e-3, warmup_ratio=0.0)
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    batch = dataclasses.replace(batch, advantages=np.zeros_like(batch.advantages))
+    state, before = ours.update(ours.init_state(copy(params)), batch)
+    _, after = ours.update(state, batch)
+    assert after["entropy"] > before["entropy"] + 1e-3
