@@ -1,27 +1,7 @@
-"""RLOO on the embedded default: a tiny Qwen2.5-VL learns to count the coloured shapes that it sees.
+"""RLOO as published on the embedded default (`embedded.py`): no KL, hence no reference model in memory."""
 
-Runs as it stands on two CPU cores; `--model.path` and `--data.path` point it at anything else, with a learning rate
-of the order of 1e-6 for a model of billions of parameters (`configs/rloo_qwen2_5_vl_3b_math.py`).
-"""
+from embedded import embedded
 
-from lmmr1_jax.config import (
-    AlgorithmConfig,
-    CheckpointConfig,
-    EvalConfig,
-    LearnerConfig,
-    RolloutConfig,
-    RunConfig,
-    TrainConfig,
-)
+from lmmr1_jax.config import AlgorithmConfig
 
-config = TrainConfig(
-    run=RunConfig(dir="runs/rloo", steps=100),
-    # An answer is 17 tokens long; one that rambles is cut.
-    rollout=RolloutConfig(prompts=32, completions=8, max_new_tokens=20),
-    algorithm=AlgorithmConfig(name="rloo"),
-    # A model of half a million parameters moves at rates that would ruin a large one. Its activations are small:
-    # nothing is worth computing twice.
-    learner=LearnerConfig(learning_rate=1e-4, warmup_ratio=0.05, remat="none"),
-    eval=EvalConfig(every=0),
-    checkpoint=CheckpointConfig(every=50),
-)
+config = embedded(AlgorithmConfig(name="rloo"))
