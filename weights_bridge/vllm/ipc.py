@@ -20,6 +20,7 @@ import torch
 from weights_bridge.errors import TransportError
 from weights_bridge.stream import TensorSpec, TensorStream, split
 from weights_bridge.torch_view import as_tensor
+from weights_bridge.vllm.sender import failure_of
 
 INIT_INFO = {"packed": True}
 """What vLLM's `init_weight_transfer_engine` must be told."""
@@ -96,15 +97,9 @@ class IpcTransport:
 
     def _settle(self, calls: dict[int, Any]) -> dict[int, BaseException]:
         """Waits for Ray calls; those that failed, by the place of their engine."""
-        import ray
-
-        deadline, failed = time.monotonic() + self._timeout, {}
-        for place, call in calls.items():
-            try:
-                ray.get(call, timeout=max(0.0, deadline - time.monotonic()))
-            except Exception as error:  # the engine's own, its process's, or time is up
-                failed[place] = error
-        return failed
+        deadline = time.monotonic() + self._timeout
+        errors = {place: failure_of(call, deadline) for place, call in calls.items()}
+        return {place: error for place, error in errors.items() if error is not None}
 
 
 def fill(buffer: torch.Tensor, stream: TensorStream, limit: int) -> Iterator[list[TensorSpec]]:
