@@ -104,7 +104,8 @@ class VllmConfig:
     pictures: int = 8
     """Pictures of one prompt, at most."""
     transport: Literal["auto", "host", "nccl", "ipc"] = "auto"
-    """How weights travel: `host` through Ray's object store, `nccl` and `ipc` between GPUs; auto takes host."""
+    """How weights travel: `host` through Ray's object store, from any learner to any engine; `nccl` between GPUs,
+    `ipc` within one; auto takes host."""
     bucket_mib: int = 256
     """Weights travel in buckets of at most this size, or of one tensor."""
     colocate: bool = False

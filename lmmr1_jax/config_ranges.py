@@ -83,5 +83,10 @@ def _check_sampler(config: TrainConfig) -> None:
         raise UserError("rollout.update is set, but with rollout.staleness 0 nothing is being sampled during an update")
     if vllm.colocate and rollout.staleness:
         raise UserError("vllm.colocate lets engines sleep while the learner works; rollout.staleness must be 0")
+    if vllm.colocate and vllm.memory_share > 0.8:
+        raise UserError(
+            f"vllm.colocate leaves the learner 1 - vllm.memory_share of each GPU; {vllm.memory_share} is too much, "
+            "0.4 is a start"
+        )
     if vllm.label and not all(vllm.label.partition("=")):
         raise UserError(f"vllm.label is {vllm.label!r}; it must be NAME=VALUE")

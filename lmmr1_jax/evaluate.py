@@ -24,7 +24,6 @@ from lmmr1_jax.tools_cli import (
     open_sampler,
     parser,
     positive,
-    refuse_vllm,
 )
 
 
@@ -38,7 +37,6 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--timeout", type=not_negative, default=5.0, help="seconds for judging a completion")
     flags.add_argument("--workers", type=positive, default=2, help="verifier processes")
     args = flags.parse_args(argv)
-    refuse_vllm(args)
     if args.k > args.n:
         raise UserError(f"--k {args.k} must be at most --n {args.n}")
     processor = open_processor(args)
@@ -61,8 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             special_tokens=processor.special_tokens,
             skips=skips,
         )
-        sampler = open_sampler(args, processor)
-        with open_out(args.out) as out:
+        with open_sampler(args, processor) as sampler, open_out(args.out) as out:
             result = evaluate(
                 sampler,
                 processor.decode,

@@ -20,7 +20,6 @@ from lmmr1_jax.tools_cli import (
     open_processor,
     open_sampler,
     parser,
-    refuse_vllm,
     write_line,
 )
 
@@ -32,15 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser("generate", __doc__.splitlines()[0])
     add_sampling_flags(flags, temperature=1.0)
     args = flags.parse_args(argv)
-    refuse_vllm(args)
     processor = open_processor(args)
-    sampler = open_sampler(args, processor)
 
     from lmmr1_jax.data.faults import SkipPrompt
     from lmmr1_jax.rollout.jax_sampler import sampling_key
 
     written = failed = 0
-    with open_out(args.out) as out:
+    with open_sampler(args, processor) as sampler, open_out(args.out) as out:
         for part in in_parts(encoded_rows(args, processor), LINES_AT_A_TIME):
             groups = iter(
                 sampler.sample(

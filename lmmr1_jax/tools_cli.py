@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -124,9 +125,13 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
     return network, params, mesh
 
 
-def open_sampler(args: argparse.Namespace, processor: Any):
-    """The built-in sampler with the model's weights."""
-    refuse_vllm(args)
+@contextlib.contextmanager
+def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
+    """The sampler that was asked for, with the model's weights; an engine ends with the context."""
+    if args.sampler == "vllm":
+        with _open_vllm(args, processor) as sampler:
+            yield sampler
+        return
     from lmmr1_jax.rollout.jax_sampler import JaxSampler
 
     network, params, mesh = open_model(args)
@@ -139,13 +144,27 @@ def open_sampler(args: argparse.Namespace, processor: Any):
         max_sequences=args.max_sequences,
     )
     sampler.load(params)
-    return sampler
+    yield sampler
 
 
-def refuse_vllm(args: argparse.Namespace) -> None:
-    """Before anything is read."""
-    if args.sampler == "vllm":
-        raise UserError("--sampler vllm is not available in this version; use --sampler jax")
+@contextlib.contextmanager
+def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
+    """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
+    from lmmr1_jax.config import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
+    from lmmr1_jax.rollout.ray_cluster import connected
+    from lmmr1_jax.rollout.vllm_sampler import open_sampler as open_engines
+
+    config = TrainConfig(
+        run=RunConfig(seed=args.seed),
+        data=DataConfig(max_pixels=args.max_pixels, max_prompt_tokens=args.max_prompt_tokens),
+        rollout=RolloutConfig(sampler="vllm", max_new_tokens=args.max_new_tokens),
+        vllm=VllmConfig(dtype=args.compute_dtype, max_sequences=args.max_sequences),
+    )
+    with connected(config.ray, cpus=config.vllm.cpus):
+        network, params, _ = open_model(args)
+        with open_engines(config, processor, network, Path(args.model)) as sampler:
+            sampler.load(params, version=0)
+            yield sampler
 
 
 def encoded_rows(args: argparse.Namespace, processor: Any) -> Iterator[tuple[int, dict[str, Any], Any]]:

@@ -15,6 +15,7 @@ import contextlib
 import sys
 from typing import Any
 
+from lmmr1_jax.colocation import share_devices
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.config_cli import parse_train_config, run_cli
 
@@ -26,6 +27,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
     """
+    share_devices(config.vllm)
     from lmmr1_jax import assembly
     from lmmr1_jax.algorithms import registry
     from lmmr1_jax.compilation import release_memory

@@ -114,7 +114,6 @@ def test_evaluate_counts_prompts_by_source_and_skips_by_reason(model, data, tmp_
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (generate, ["--sampler", "vllm"], "not available in this version"),
         (generate, ["--temperature", "-1"], "--temperature: must be a number from 0"),
         (generate, ["--top-p", "0"], "--top-p: must be"),
         (generate, ["--n", "0"], "--n: must be a whole number from 1"),

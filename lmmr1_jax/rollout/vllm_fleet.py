@@ -334,6 +334,8 @@ class Fleet:
             self._replace(engine, result)
             return
         engine.info = result
+        if self._transport.introduces_itself:
+            return
         self._hear(
             engine.handle.initialise.remote(self._init_info),
             lambda answer: isinstance(answer, BaseException) and self._replace(engine, answer),

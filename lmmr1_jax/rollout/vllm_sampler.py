@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lmmr1_jax.config import TrainConfig
+from lmmr1_jax.config import TrainConfig, VllmConfig
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.models.network import Network
@@ -184,9 +184,8 @@ def open_sampler(
     if config.vllm.resource:
         bundle[config.vllm.resource] = 0.001
     places = reserve(bundle, config.vllm.engines, label=config.vllm.label, timeout=config.ray.timeout)
-    transport = HostTransport(
-        bucket_bytes=config.vllm.bucket_mib << 20, timeout=config.vllm.sync_timeout
-    )
+    transport = choose_transport(config.vllm)
+    _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
@@ -221,6 +220,24 @@ def open_sampler(
     with contextlib.closing(fleet):
         merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
         yield VllmSampler(fleet, stream, settings, merge_size)
+
+
+def choose_transport(config: VllmConfig) -> Any:
+    """How weights travel.
+
+    Raises:
+      TransportError: this learner can't send them so.
+    """
+    limits = {"bucket_bytes": config.bucket_mib << 20, "timeout": config.sync_timeout}
+    if config.transport == "nccl":
+        from weights_bridge.vllm.nccl import NcclTransport
+
+        return NcclTransport(ranks_per_engine=config.tensor_parallel, **limits)
+    if config.transport == "ipc":
+        from weights_bridge.vllm.ipc import IpcTransport
+
+        return IpcTransport(**limits)
+    return HostTransport(**limits)
 
 
 def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, backend: str) -> EngineSettings:

@@ -19,6 +19,7 @@ def sample_record(step: int, rollout: Rollout, decode: Callable[[np.ndarray], st
             "text": decode(completion.token_ids),
             "tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
+            "versions": [int(completion.policy_version.min()), int(completion.policy_version.max())],
         }
         if rollout.rewards:
             reward = rollout.rewards[number]

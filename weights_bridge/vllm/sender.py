@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from weights_bridge.stream import TensorStream
+from weights_bridge.vllm.plugin import HOST_BACKEND
 
 
 @dataclasses.dataclass
@@ -35,10 +36,12 @@ class HostTransport:
     Attributes:
       name: for the log.
       backend: the weight-transfer engine that vLLM must be told to use.
+      introduces_itself: whether `send` initialises the engines; here their owner does, once.
     """
 
     name = "host"
-    backend = "lmmr1_host"
+    backend = HOST_BACKEND
+    introduces_itself = False
 
     def __init__(self, *, bucket_bytes: int = 256 << 20, timeout: float = 600.0):
         """
