@@ -63,6 +63,7 @@ def test_samples_hold_prompt_completions_and_reward_parts_but_no_pixels(tmp_path
         "text": "abcd",
         "tokens": 4,
         "finish_reason": "stop",
+        "versions": [0, 0],
         "reward": 1.5,
         "parts": {"accuracy": 1.0, "format": 1.0},
         "fault": None,
