@@ -164,7 +164,8 @@ class Engine:
 
     def _obey(self) -> None:
         """All commands that have come; waits for one when there is nothing to sample."""
-        idle = self._updating or not (self._groups or self._waiting)
+        can_begin = self._waiting and self._version is not None
+        idle = self._updating or not (self._groups or can_begin)
         while True:
             try:
                 future, work = self._commands.get(timeout=IDLE_SECONDS) if idle else self._commands.get_nowait()
