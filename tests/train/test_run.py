@@ -157,8 +157,17 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, named):
     assert len(errors) == 1 and named in errors[0]
 
 
-def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path):
-    command = [sys.executable, "scripts/check_resume.py", "--runs", "2", "--folder", str(tmp_path / "runs")]
+# A coefficient of the KL that adapts, and more than one update a step.
+ADAPTIVE = "--algorithm.name dapo --algorithm.kl-coefficient 0.1 --algorithm.kl-target 1e-3 --algorithm.kl-horizon 50"
+
+
+@pytest.mark.parametrize("flags, runs", [("", 2), (f"{ADAPTIVE} --learner.minibatches 2", 1)])
+def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path, flags, runs):
+    command = [sys.executable, "scripts/check_resume.py", "--runs", str(runs), "--folder", str(tmp_path / "runs")]
+    command += ["--", *flags.split()] if flags else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 runs ended bit-equal" in done.stdout
+    assert f"{runs} of {runs} runs ended bit-equal" in done.stdout
+    if flags:
+        weights = {record["kl_coefficient"] for record in lines(tmp_path / "runs" / "whole" / "metrics.jsonl")}
+        assert len(weights) > 1
