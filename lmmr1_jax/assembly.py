@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from lmmr1_jax.compilation import enable_compilation_cache
 from lmmr1_jax.config import ModelConfig, TrainConfig
+from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.feeder import PromptFeeder
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
@@ -23,12 +25,17 @@ from lmmr1_jax.errors import UserError
 from lmmr1_jax.learner.sharding import activation_constraint, head_units, make_mesh, sharding_of
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.models.network import Network, build
-from lmmr1_jax.rewards.pool import Verifier
+from lmmr1_jax.rewards.choice import check_sources, choose, readable
+from lmmr1_jax.rewards.client import ServerSource
+from lmmr1_jax.rewards.functions import FunctionSource
+from lmmr1_jax.rewards.sources import Rewards, RewardSource, RuleSource
+from lmmr1_jax.rewards.specs import read_functions, read_servers
+from lmmr1_jax.rewards.verifier import Verifier
 from lmmr1_jax.rollout.jax_sampler import JaxSampler
 from lmmr1_jax.rollout.ray_cluster import connected
 from lmmr1_jax.rollout.vllm_sampler import VllmSampler, open_sampler
 from lmmr1_jax.tasks.shapes import shape_prompts
-from lmmr1_jax.types import Prompt
+from lmmr1_jax.types import FINISH_LENGTH, Completion, Prompt, Rollout
 from weights_bridge.layout import layout, logical_axes
 from weights_bridge.load import load
 
@@ -126,18 +133,20 @@ def read_data(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on and prompts held out for evaluation.
 
-    A row whose gold answer the verifier can't read would teach nothing, or, as in LMM-R1, reward everything; only
-    `rewards.variant lmm-r1` keeps it.
+    Every prompt has its verifier, and a gold answer that this one can read; but `rewards.variant lmm-r1` keeps rows
+    whose answer can't be read, and where `rewards.accuracy_weight` is 0 nobody needs one.
     """
     if not config.data.path:
         prompts = shape_prompts("train", SHAPES_TO_TRAIN_ON)
         held_out = [] if config.eval.path else shape_prompts("heldout", SHAPES_HELD_OUT)
+        prompts, held_out = (choose(part, config.rewards) for part in (prompts, held_out))
     else:
         prompts = _read(config.data.path, config, processor, verifier, skips)
         if not config.eval.path:
             prompts, held_out = split_holdout(prompts)
     if config.eval.path:
         held_out = _read(config.eval.path, config, processor, verifier, skips)
+    check_sources(config.rewards, prompts + held_out)
     return prompts, held_out[: config.eval.size or None]
 
 
@@ -146,20 +155,47 @@ def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifi
         path,
         message_key=config.data.message_key,
         answer_key=config.data.answer_key,
+        need_answer=config.rewards.accuracy_weight != 0,
+        verifier_key=config.data.verifier_key,
         special_tokens=processor.special_tokens,
         skips=skips,
     )
-    if config.rewards.variant == "lmm-r1":
+    prompts = choose(prompts, config.rewards, config.data.verifier_key)
+    if config.rewards.variant == "lmm-r1" or not config.rewards.accuracy_weight:
         return prompts
-    kept = []
-    for prompt, parsable in zip(prompts, verifier.parsable([p.label for p in prompts]), strict=True):
-        if parsable:
-            kept.append(prompt)
-        else:
-            skips.add(prompt.file, prompt.row, "unparsable_answer", f"the verifier can't read {prompt.label!r}")
-    if not kept:
-        raise UserError(f"{path}: none of the {len(prompts)} answers can be parsed; is --data.answer-key right?")
-    return kept
+    return readable(prompts, verifier, skips)
+
+
+def build_rewards(
+    config: TrainConfig, processor: Processor, verifier: Verifier, interrupt: Callable[[], None]
+) -> Rewards:
+    """All that judges completions, started; `interrupt` is called while a server is waited for and may raise."""
+    with contextlib.ExitStack() as started:
+        sources: list[RewardSource] = [RuleSource(verifier)]
+        for spec in read_functions(config.rewards):
+            sources.append(FunctionSource(spec, config.rewards))
+            started.callback(sources[-1].close)
+        sources += [ServerSource(spec, config.rewards, interrupt) for spec in read_servers(config.rewards)]
+        started.pop_all()  # `Rewards` closes them from here on
+    return Rewards(sources, processor.decode, on_error=config.rewards.on_error)
+
+
+def try_rewards(rewards: Rewards, prompts: list[Prompt], processor: Processor, completions: int) -> None:
+    """Lets every source judge the right answer to a prompt, in a group of the usual size.
+
+    Raises:
+      UserError: one of them can't.
+    """
+    for prompt in prompts[:8]:
+        try:
+            encoded = processor.encode(prompt)
+        except SkipPrompt:
+            continue
+        answer = processor.encode_text(f"<think> </think><answer> {prompt.label or ''} </answer>")
+        nothing = np.zeros(len(answer), np.float32)
+        completion = Completion(answer, nothing, FINISH_LENGTH, nothing.astype(np.int32))
+        rewards.check(Rollout(encoded, (completion,) * completions))
+        return
 
 
 def build_feeder(config: TrainConfig, prompts: list[Prompt], processor: Processor, skips: SkipLog) -> PromptFeeder:

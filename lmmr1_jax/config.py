@@ -41,6 +41,8 @@ class DataConfig:
     """The key of the messages: a list, or the same list as a string."""
     answer_key: str = "answer"
     """The key of the gold answer."""
+    verifier_key: str = "verifier"
+    """The key by which a row may name its verifier; empty where no key does."""
     epochs: int = 1
     """Passes over the prompts when `run.steps` is 0."""
     shuffle: bool = True
@@ -148,6 +150,27 @@ class RewardsConfig:
     """Seconds a verifier may take for one completion before it is killed and the completion earns 0."""
     workers: int = 2
     """Verifier processes."""
+    verifier: str = "math"
+    """What makes an answer right: `math`, `number` (`number:0.05` allows 5 %), `choice` or `text`."""
+    verifiers: tuple[str, ...] = ()
+    """Other verifiers for some data sources, each SOURCE=VERIFIER; a row's own (`data.verifier_key`) comes first."""
+    functions: tuple[str, ...] = ()
+    """Your own reward functions, each [NAME=]FILE.py[:FUNCTION][*WEIGHT]; docs/rewards.md says how to write one."""
+    function_timeout: float = 60.0
+    """Seconds a function may take for one prompt's completions, or for being loaded, before it is killed."""
+    function_workers: int = 1
+    """Processes for each function; it is called for one prompt's completions at a time."""
+    urls: tuple[str, ...] = ()
+    """Reward servers, each [NAME=]URL[,URL...][*WEIGHT]; the URLs of one entry share its work."""
+    url_timeout: float = 180.0
+    """Seconds a server may take for one request."""
+    url_tries: int = 5
+    """How often a request is made before its completions are given up."""
+    url_wait: float = 1.0
+    """Seconds before the second try; twice as long before each further one, up to a minute."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """When a function or server fails: `stop` ends the run with a checkpoint to resume from; `zero` lets the
+    completions concerned earn 0, counted in `reward/faults`. The rules' own faults always earn 0."""
 
 
 @dataclasses.dataclass(frozen=True)

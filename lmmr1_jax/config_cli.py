@@ -14,6 +14,7 @@ import re
 import runpy
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ HELP = """Train a Qwen2, Qwen2-VL or Qwen2.5-VL checkpoint by reinforcement lear
 
 --config FILE: a Python file that exports `config: TrainConfig`; without it every field has its default.
 --resume: the same as --run.resume True. A flag below overrides what the file says; booleans stand alone or take
-True or False."""
+True or False; lists take several values."""
 
 
 def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.train") -> TrainConfig:
@@ -101,6 +102,10 @@ def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, 
             raise UserError(f"unknown flag {flag}{close_matches(name, known) or '; --help lists them all'}")
         if not equals:
             # A negative number begins with one dash, a flag with two.
+            if _is_list(kinds.get(name)) and rest and not rest[0].startswith("--"):
+                while rest and not rest[0].startswith("--"):
+                    pairs.append((name, rest.pop(0)))
+                continue
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
             elif kinds.get(name) is bool:
@@ -114,15 +119,31 @@ def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, 
 
 def _override(base: TrainConfig, given: list[tuple[str, str]], kinds: dict[str, Any], prog: str) -> TrainConfig:
     try:
-        return _tyro([f"{flag}={value}" for flag, value in given], base, prog, quiet=True)
+        return _tyro(_words(given, kinds), base, prog, quiet=True)
     except SystemExit:
         pass
     for flag, value in given:  # one by one: tyro does not say which flag it stumbled over
         try:
-            _tyro([f"{flag}={value}"], base, prog, quiet=True)
+            _tyro(_words([(flag, value)], kinds), base, prog, quiet=True)
         except SystemExit:
             raise UserError(f"{flag} is {value!r}; it must be {describe_type(kinds[flag])}") from None
     raise UserError(f"these flags can't be read together: {' '.join(flag for flag, _ in given)}")
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
+
+
+def _words(given: list[tuple[str, str]], kinds: dict[str, Any]) -> list[str]:
+    """Flags and values for tyro; the values of a list, wherever they stand, make one list, an empty one none."""
+    lists: dict[str, list[str]] = {}
+    words = []
+    for flag, value in given:
+        if _is_list(kinds[flag]):
+            lists.setdefault(flag, []).extend([] if value in ("", "()") else [value])
+        else:
+            words.append(f"{flag}={value}")
+    return words + [word for flag, values in lists.items() for word in (flag, *values)]
 
 
 def _tyro(arguments: list[str], base: TrainConfig, prog: str, *, quiet: bool) -> TrainConfig:

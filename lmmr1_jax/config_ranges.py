@@ -24,15 +24,15 @@ _RANGES = (
         lambda value: value >= 1,
         "data.epochs data.max_prompt_tokens data.workers rollout.prompts rollout.completions rollout.max_new_tokens "
         "vllm.engines vllm.tensor_parallel vllm.cpus vllm.max_sequences vllm.bucket_mib "
-        "rewards.workers learner.epochs learner.minibatches learner.logprob_chunk checkpoint.every checkpoint.keep "
-        "algorithm.importance_cap algorithm.aggregation_length",
+        "rewards.workers rewards.function_workers rewards.url_tries learner.epochs learner.minibatches "
+        "learner.logprob_chunk checkpoint.every checkpoint.keep algorithm.importance_cap algorithm.aggregation_length",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "rollout.temperature rollout.gap_warn rollout.gap_stop vllm.start_timeout vllm.sync_timeout "
-        "vllm.request_timeout ray.timeout rewards.timeout learner.adam_eps learner.max_grad_norm "
-        "algorithm.kl_horizon algorithm.reward_clip",
+        "vllm.request_timeout ray.timeout rewards.timeout rewards.function_timeout rewards.url_timeout "
+        "rewards.url_wait learner.adam_eps learner.max_grad_norm algorithm.kl_horizon algorithm.reward_clip",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
     (

@@ -34,6 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--k", type=positive, default=1, help="of pass@k, at most n (default: 1)")
     flags.add_argument("--answer-key", default="answer", help="key of the gold answer (default: answer)")
     flags.add_argument("--variant", choices=("default", "lmm-r1"), default="default", help="rules of the verifier")
+    flags.add_argument("--verifier", default="math", help="math, number, number:0.05, choice or text (default: math)")
+    flags.add_argument(
+        "--verifiers", nargs="+", default=(), metavar="SOURCE=VERIFIER", help="other verifiers for some data sources"
+    )
+    flags.add_argument("--verifier-key", default="verifier", help="key by which a row names its own (verifier)")
     flags.add_argument("--timeout", type=not_negative, default=5.0, help="seconds for judging a completion")
     flags.add_argument("--workers", type=positive, default=2, help="verifier processes")
     args = flags.parse_args(argv)
@@ -44,21 +49,32 @@ def main(argv: list[str] | None = None) -> None:
     from lmmr1_jax.config import RewardsConfig
     from lmmr1_jax.data.prompt_set import read_prompts
     from lmmr1_jax.data.skips import SkipLog
-    from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rewards.choice import check_sources, choose, readable
+    from lmmr1_jax.rewards.verifier import Verifier
     from lmmr1_jax.rollout.evaluation import evaluate
     from lmmr1_jax.rollout.jax_sampler import sampling_key
 
-    rewards = RewardsConfig(variant=args.variant, timeout=args.timeout, workers=args.workers)
+    rewards = RewardsConfig(
+        variant=args.variant,
+        timeout=args.timeout,
+        workers=args.workers,
+        verifier=args.verifier,
+        verifiers=tuple(args.verifiers),
+    )
     skips = SkipLog()
     with Verifier(rewards) as verifier:
         prompts = read_prompts(
             args.data,
             message_key=args.message_key,
             answer_key=args.answer_key,
-            is_parsable=lambda label: verifier.parsable([label])[0],
+            verifier_key=args.verifier_key,
             special_tokens=processor.special_tokens,
             skips=skips,
         )
+        prompts = choose(prompts, rewards, args.verifier_key)
+        check_sources(rewards, prompts)
+        if args.variant == "default":
+            prompts = readable(prompts, verifier, skips)
         with open_sampler(args, processor) as sampler, open_out(args.out) as out:
             result = evaluate(
                 sampler,

@@ -28,12 +28,12 @@ from lmmr1_jax.learner.sharding import row_shards
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.rollout.jax_sampler import sampling_key
-from lmmr1_jax.types import EncodedPrompt, PackedBatch, Reward, Rollout
+from lmmr1_jax.types import EncodedPrompt, PackedBatch, Rollout
 
 CPU_TOKENS = 3072
 """Row tokens of a micro-batch on a CPU, where nothing is gained by more and memory is."""
 
-Scorer = Callable[[Sequence[str], Sequence[str], Sequence[str] | None], list[Reward]]
+Judge = Callable[[Sequence[Rollout]], list[Rollout]]
 
 
 class Step:
@@ -50,7 +50,7 @@ class Step:
         config: TrainConfig,
         policy: Policy,
         learner: Learner,
-        score_texts: Scorer,
+        judge: Judge,
         *,
         forced_length: bool = False,
     ):
@@ -59,13 +59,13 @@ class Step:
           config: the run's.
           policy: the model with its sampler.
           learner: the model's learner.
-          score_texts: rewards of (completions as text, gold answers, prompts as text); `Verifier.score`.
+          judge: gives rollouts their rewards; `Rewards.score`.
           forced_length: completions don't end before the limit (for benchmarks).
         """
         self.config, self.policy, self.learner = registry.resolved(config), policy, learner
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.shapes: PackShapes | None = None
-        self._score_texts = score_texts
+        self._judge = judge
         self._forced_length = forced_length
         self._algorithm = registry.algorithm(config.algorithm.name)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
@@ -94,15 +94,7 @@ class Step:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same groups with their rewards."""
-        texts = [self.policy.processor.decode(c.token_ids) for rollout in rollouts for c in rollout.completions]
-        labels = [rollout.encoded.prompt.label or "" for rollout in rollouts for _ in rollout.completions]
-        prompts = None
-        if self.config.rewards.variant == "lmm-r1":  # which grades the prompt where a completion is empty
-            decoded = [self.policy.processor.decode(rollout.encoded.token_ids) for rollout in rollouts]
-            prompts = [text for text, rollout in zip(decoded, rollouts, strict=True) for _ in rollout.completions]
-        rewards = iter(self._score_texts(texts, labels, prompts))
-        scored = [dataclasses.replace(r, rewards=tuple(next(rewards) for _ in r.completions)) for r in rollouts]
-        return with_overlong_penalty(scored, self.config.algorithm, self.config.rollout.max_new_tokens)
+        return with_overlong_penalty(self._judge(rollouts), self.config.algorithm, self.config.rollout.max_new_tokens)
 
     def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:
         """The groups as minibatches, with advantages and the log-probs that the algorithm asks for.

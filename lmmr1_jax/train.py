@@ -25,6 +25,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
+      RewardFailed: a reward function or server failed and `rewards.on_error` is "stop"; a checkpoint has been written.
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
     """
     share_devices(config.vllm)
@@ -35,7 +36,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.data.skips import SkipLog
     from lmmr1_jax.gap_watch import GapWatch
     from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
-    from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rewards.sources import RewardFailed
+    from lmmr1_jax.rewards.specs import check_rewards
+    from lmmr1_jax.rewards.verifier import Verifier
     from lmmr1_jax.rollout.ahead import Ahead
     from lmmr1_jax.rollout.evaluation import evaluate
     from lmmr1_jax.rollout.gap_probe import GapProbe
@@ -46,6 +49,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.tracking.tracker import Tracker
 
     config = registry.checked(config)
+    check_rewards(config.rewards)
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())
         folder = open_parts.enter_context(open_run_folder(config))
@@ -53,7 +57,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
         policy = open_parts.enter_context(assembly.open_policy(config))
+        rewards = open_parts.enter_context(assembly.build_rewards(config, policy.processor, verifier, stop.check))
         prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
+        assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
         feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
         open_parts.callback(feeder.close)
@@ -61,7 +67,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         learner = assembly.build_learner(config, policy, total_steps * registry.updates_per_rollout(config))
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         open_parts.callback(checkpoints.close)
-        step = Step(config, policy, learner, verifier.score)
+        step = Step(config, policy, learner, rewards.score)
         batches = Ahead(
             feeder,
             skips,
@@ -128,7 +134,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     rollouts = step.score(rollouts)
                     minibatches = step.prepare(rollouts, state.params)
                 stop.check()
-            except StopRequested as reason:
+            except (StopRequested, RewardFailed) as reason:
                 if done not in checkpoints.steps():
                     save(memory)
                 checkpoints.wait()
@@ -153,6 +159,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 | {"tokens_per_second": tokens / watch.total, "skipped": skips.total, "animated": feeder.animated},
                 rollouts,
             )
+            for warning in rewards.warnings():
+                tracker.warn(warning)
             if warning := gap.observe(done, metrics["gap/mean"]):
                 tracker.warn(warning)
 

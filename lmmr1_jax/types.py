@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmmr1_jax.rewards.reward import Reward
+
 FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = "stop", "length", "abort"
 
 
@@ -29,6 +31,7 @@ class Prompt:
       data_source: where the row says it comes from, else the file's stem.
       file: the file that the row was read from.
       row: the row's number in that file, from 0.
+      verifier: the name of the verifier that judges its completions; empty where nobody has chosen yet.
     """
 
     messages: list[dict[str, Any]]
@@ -37,6 +40,7 @@ class Prompt:
     data_source: str
     file: str
     row: int
+    verifier: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,21 +94,6 @@ class Completion:
     log_probs: np.ndarray
     finish_reason: str
     policy_version: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """A completion's reward.
-
-    Attributes:
-      total: the number that the algorithm sees.
-      parts: named parts, each before its weight, e.g. {"accuracy": 1.0, "format": 0.0}.
-      fault: why the verifier could not judge it ("timeout", "died", "error"), None when it could.
-    """
-
-    total: float
-    parts: dict[str, float]
-    fault: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trivial_reward(texts: list[str], labels: list[str], prompts: None) -> list[Reward]:
+def trivial_reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Free to compute, and different from completion to completion, so that advantages are not zero."""
-    return [Reward(total=(sum(text.encode()) % 97) / 96, parts={}) for text in texts]
+    return [
+        dataclasses.replace(r, rewards=tuple(Reward(float(c.token_ids.sum() % 97) / 96, {}) for c in r.completions))
+        for r in rollouts
+    ]
 
 
 def needed_products(config: Any, rollouts: list[Rollout]) -> dict[str, float]:

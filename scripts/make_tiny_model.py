@@ -367,7 +367,7 @@ def _patches(scene: Scene, processor: Processor) -> np.ndarray:
 
 def measure(params: Params, network: Network, processor: Processor) -> dict[str, Any]:
     """Greedy accuracy and format on the 1,024 held-out prompts, and how often sampling is right."""
-    from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rewards.verifier import Verifier
     from lmmr1_jax.rollout.jax_sampler import JaxSampler, sampling_key
 
     sampler = JaxSampler(

@@ -73,6 +73,17 @@ def picture_references(messages: Sequence[Message]) -> list[str]:
     ]
 
 
+def without_pixels(value: Any) -> Any:
+    """Messages with every `data:` address cut to its head: the pixels would be most of the file."""
+    if isinstance(value, str) and value.startswith("data:"):
+        return f"{value.split(',', 1)[0]},({len(value)} characters)"
+    if isinstance(value, dict):
+        return {key: without_pixels(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [without_pixels(item) for item in value]
+    return value
+
+
 def _texts(messages: Sequence[Message]) -> Iterable[str]:
     for message in messages:
         yield message["role"]

@@ -129,11 +129,11 @@ class Processor:
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, np.int32)
 
-    def decode(self, token_ids: Sequence[int] | Int[np.ndarray, " tokens"]) -> str:
-        """The text of a completion, special tokens left out."""
+    def decode(self, token_ids: Sequence[int] | Int[np.ndarray, " tokens"], *, special: bool = False) -> str:
+        """The text of a completion, special tokens left out unless `special` asks for them."""
         with self._lock:
             return self.tokenizer.decode(
-                [int(i) for i in token_ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+                [int(i) for i in token_ids], skip_special_tokens=not special, clean_up_tokenization_spaces=False
             )
 
     def _template_ids(self, messages: Sequence[Message]) -> Int[np.ndarray, " tokens"]:

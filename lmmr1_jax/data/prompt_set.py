@@ -7,13 +7,13 @@ processor fetches it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmmr1_jax.data.faults import BAD_JSON, NO_ANSWER, NO_MESSAGE, UNPARSABLE_ANSWER, SkipPrompt
+from lmmr1_jax.data.faults import BAD_JSON, NO_ANSWER, NO_MESSAGE, SkipPrompt
 from lmmr1_jax.data.messages import parse_answer, parse_messages, refuse_special_tokens
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.errors import UserError
@@ -28,7 +28,7 @@ def read_prompts(
     message_key: str = "message",
     answer_key: str = "answer",
     need_answer: bool = True,
-    is_parsable: Callable[[str], bool] | None = None,
+    verifier_key: str = "verifier",
     special_tokens: Sequence[str] = (),
     skips: SkipLog,
 ) -> list[Prompt]:
@@ -39,7 +39,7 @@ def read_prompts(
       message_key: the row's key of the messages.
       answer_key: the row's key of the gold answer.
       need_answer: skip rows without an answer.
-      is_parsable: whether the verifier can read a gold answer; rows whose answer it cannot read are skipped.
+      verifier_key: the row's key of its verifier's name.
       special_tokens: strings that no text may hold (`Processor.special_tokens`).
       skips: where skipped rows are counted.
 
@@ -54,7 +54,7 @@ def read_prompts(
         message_key=message_key,
         answer_key=answer_key,
         need_answer=need_answer,
-        is_parsable=is_parsable,
+        verifier_key=verifier_key,
         special_tokens=special_tokens,
         skips=skips,
     )
@@ -71,7 +71,7 @@ def prompts_from_rows(
     message_key: str = "message",
     answer_key: str = "answer",
     need_answer: bool = True,
-    is_parsable: Callable[[str], bool] | None = None,
+    verifier_key: str = "verifier",
     special_tokens: Sequence[str] = (),
     skips: SkipLog,
 ) -> list[Prompt]:
@@ -81,21 +81,21 @@ def prompts_from_rows(
     """
     prompts: list[Prompt] = []
     names: set[str] = set()
-    parsable: dict[str, bool] = {}  # few different answers, many rows: a verifier's parse is slow
     for number, row in rows:
         try:
             if isinstance(row, SkipPrompt):
                 raise row
             prompt = prompt_from_row(
-                row, number, file=file, message_key=message_key, answer_key=answer_key, special_tokens=special_tokens
+                row,
+                number,
+                file=file,
+                message_key=message_key,
+                answer_key=answer_key,
+                verifier_key=verifier_key,
+                special_tokens=special_tokens,
             )
             if need_answer and prompt.label is None:
                 raise SkipPrompt(NO_ANSWER, f"the row has no {answer_key!r}")
-            if need_answer and is_parsable is not None:
-                if prompt.label not in parsable:
-                    parsable[prompt.label] = is_parsable(prompt.label)
-                if not parsable[prompt.label]:
-                    raise SkipPrompt(UNPARSABLE_ANSWER, f"the verifier cannot read the answer {prompt.label[:200]!r}")
         except SkipPrompt as fault:
             skips.add(file, number, fault.reason, fault.detail)
             continue
@@ -113,6 +113,7 @@ def prompt_from_row(
     file: str,
     message_key: str = "message",
     answer_key: str = "answer",
+    verifier_key: str = "verifier",
     special_tokens: Sequence[str] = (),
 ) -> Prompt:
     """The prompt that a row holds; its label is None where the row has no answer.
@@ -132,6 +133,7 @@ def prompt_from_row(
         data_source=str(source) if source else Path(file).stem,
         file=file,
         row=number,
+        verifier=str((row.get(verifier_key) if verifier_key else None) or ""),
     )
 
 

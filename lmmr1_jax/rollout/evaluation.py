@@ -16,9 +16,11 @@ PROMPTS_AT_A_TIME = 256
 
 
 class Scores(Protocol):
-    """What is needed of a verifier (`rewards.pool.Verifier`)."""
+    """What is needed of a verifier (`rewards.verifier.Verifier`)."""
 
-    def score(self, texts: Sequence[str], labels: Sequence[str], prompts: Sequence[str]) -> list[Reward]: ...
+    def score(
+        self, texts: Sequence[str], labels: Sequence[str], prompts: Sequence[str], verifiers: Sequence[str]
+    ) -> list[Reward]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +155,9 @@ def judge(rollouts: Sequence[Rollout], decode_text: Callable[[Any], str], verifi
     pairs = [(rollout, completion) for rollout in rollouts for completion in rollout.completions]
     rewards = verifier.score(
         [decode_text(completion.token_ids) for _, completion in pairs],
-        [rollout.encoded.prompt.label for rollout, _ in pairs],
+        [rollout.encoded.prompt.label or "" for rollout, _ in pairs],
         [decode_text(rollout.encoded.token_ids) for rollout, _ in pairs],
+        [rollout.encoded.prompt.verifier for rollout, _ in pairs],
     )
     results, at = [], 0
     for rollout in rollouts:

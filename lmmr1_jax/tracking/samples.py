@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from lmmr1_jax.data.messages import without_pixels
 from lmmr1_jax.types import Rollout
 
 
@@ -29,7 +30,7 @@ def sample_record(step: int, rollout: Rollout, decode: Callable[[np.ndarray], st
         "step": step,
         "prompt_id": prompt.prompt_id,
         "data_source": prompt.data_source,
-        "messages": _without_pixels(prompt.messages),
+        "messages": without_pixels(prompt.messages),
         "answer": prompt.label,
         "completions": completions,
     }
@@ -58,14 +59,3 @@ def _text_of(message: dict[str, Any]) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(str(item.get("text", f"[{item.get('type', '?')}]")) for item in content)
-
-
-def _without_pixels(value: Any) -> Any:
-    """Messages with every `data:` address cut to its head: the pixels would be most of the file."""
-    if isinstance(value, str) and value.startswith("data:"):
-        return f"{value.split(',', 1)[0]},({len(value)} characters)"
-    if isinstance(value, dict):
-        return {key: _without_pixels(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_pixels(item) for item in value]
-    return value

@@ -81,6 +81,16 @@ def test_every_field_has_a_flag_that_takes_its_own_default():
     assert parse_train_config(argv) == TrainConfig()
 
 
+def test_lists_take_several_values_replace_the_files_and_may_be_empty(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text("from lmmr1_jax.config import *\nconfig = TrainConfig(rewards=RewardsConfig(functions=('a.py',)))")
+    words = ["--config", str(file)]
+    assert parse_train_config(words).rewards.functions == ("a.py",)
+    argv = [*words, "--rewards.functions", "b.py", "n=c.py:f*0.5", "--run.seed", "1", "--rewards.functions=d.py"]
+    assert parse_train_config(argv).rewards.functions == ("b.py", "n=c.py:f*0.5", "d.py")
+    assert parse_train_config([*words, "--rewards.functions", ""]).rewards.functions == ()
+
+
 def test_negative_numbers_empty_strings_and_equals_signs_are_values():
     config = parse_train_config(["--mesh.fsdp", "-1", "--data.path=", "--eval.path", "", "--run.dir=a=b c"])
     assert (config.mesh.fsdp, config.data.path, config.eval.path, config.run.dir) == (-1, "", "", "a=b c")

@@ -14,7 +14,6 @@ from lmmr1_jax.data.feeder import PromptFeeder, encode_all  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts  # noqa: E402
 from lmmr1_jax.data.skips import SkipLog  # noqa: E402
-from lmmr1_jax.rewards.rules import gold_is_parsable  # noqa: E402
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "mathvision200"
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (DATA / "prompts.jsonl").is_file(), reason="
 
 def read(path, processor, tmp_path):
     skips = SkipLog(tmp_path / "skipped.jsonl")
-    return read_prompts(path, special_tokens=processor.special_tokens, is_parsable=gold_is_parsable, skips=skips), skips
+    return read_prompts(path, special_tokens=processor.special_tokens, skips=skips), skips
 
 
 def skipped_rows(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lmmr1_jax.config import RewardsConfig
-from lmmr1_jax.rewards.pool import Verifier
+from lmmr1_jax.rewards.verifier import Verifier
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -160,7 +160,10 @@ def test_workers_load_nothing_of_jax(verifier):
     for pid in [warden_of(verifier), *verifier.pids()]:
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert not any(name in maps for name in ("jaxlib", "numpy", "torch", "flax"))
-    code = "import sys, lmmr1_jax.rewards.warden as w; w._warm_up(); print([m for m in sys.modules if m[:3] == 'jax'])"
+    code = (
+        "import sys, lmmr1_jax.rewards.warden, lmmr1_jax.rewards.rule_job as job; job.prepare(); "
+        "print([m for m in sys.modules if m[:3] == 'jax'])"
+    )
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
 
@@ -194,7 +197,7 @@ SCRIPT = """
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     assert __name__ == "__main__"  # a worker that imported this file again would fail here
     from lmmr1_jax.config import RewardsConfig
-    from lmmr1_jax.rewards.pool import Verifier
+    from lmmr1_jax.rewards.verifier import Verifier
 
     hang = "<think>so</think><answer>$\\\\boxed{9^{9^{9^{9}}}}$</answer>"
     pool = Verifier(RewardsConfig(timeout=60.0, workers=2))

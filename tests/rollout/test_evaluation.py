@@ -27,7 +27,7 @@ class Sampler:
 class Verifier:
     """A number below the label is right; 3 cannot be judged."""
 
-    def score(self, texts, labels, prompts):
+    def score(self, texts, labels, prompts, verifiers):
         rewards = []
         for text, label in zip(texts, labels, strict=True):
             if text == "3":
