@@ -61,6 +61,8 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         del os.environ["RAY_ADDRESS"]  # the config alone says where
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.address and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray does so itself, but not for an address that it is told
     try:
         import ray
     except ImportError:
@@ -83,7 +85,9 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
                     **quiet,
                 )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
+        where = "a Ray cluster on this machine"
+        if config.address:
+            where = f"ray.address {config.address} (with {'a' if _has_token() else 'no'} token, see scripts/ray_head.sh)"
         raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
@@ -151,6 +155,12 @@ def _refuse_unreachable(config: RayConfig) -> None:
             if time.monotonic() > deadline:
                 raise UserError(f"ray.address {config.address} does not answer: {error.strerror or error}") from None
             time.sleep(POLL_SECONDS)
+
+
+def _has_token() -> bool:
+    """Whether this machine holds a token for clusters that ask for one, where Ray looks for it."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(path)
 
 
 @contextlib.contextmanager
