@@ -205,6 +205,9 @@ class AlgorithmConfig:
     """A completion's reward, its baseline taken off, is clipped to plus and minus this, as LMM-R1 does."""
     discount: float = 1.0
     """Gamma: what a reward counts one token earlier."""
+    dynamic_sampling_rounds: int | None = None
+    """DAPO's dynamic sampling: groups whose completions all earned the same are replaced by fresh prompts, for which a
+    step samples at most this many further batches; 0 is off."""
     overlong_share: float | None = None
     """DAPO's soft penalty: in the last such share of `rollout.max_new_tokens` a completion's reward falls; 0 is off."""
     overlong_penalty: float = 1.0

@@ -17,7 +17,8 @@ _RANGES = (
         "run.seed run.steps learner.learning_rate learner.weight_decay learner.row_length learner.rows "
         "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
         "eval.max_new_tokens tracking.samples tracking.pictures_every algorithm.kl_coefficient algorithm.kl_target "
-        "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high",
+        "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high "
+        "algorithm.dynamic_sampling_rounds",
     ),
     (
         "at least 1",

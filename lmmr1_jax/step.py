@@ -27,6 +27,7 @@ from lmmr1_jax.data.shapes import TOKENS_PER_DEVICE
 from lmmr1_jax.learner.sharding import row_shards
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.rollout.dynamic import replace_equal_groups
 from lmmr1_jax.rollout.jax_sampler import sampling_key
 from lmmr1_jax.types import EncodedPrompt, PackedBatch, Rollout
 
@@ -67,6 +68,7 @@ class Step:
         self.shapes: PackShapes | None = None
         self._judge = judge
         self._forced_length = forced_length
+        self._replaced: dict[str, float] = {}
         self._algorithm = registry.algorithm(config.algorithm.name)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
 
@@ -74,15 +76,16 @@ class Step:
         """The groups that the sampler's weights write for `prompts`; `done` steps lie behind."""
         return self.begin(prompts, done)()
 
-    def begin(self, prompts: Sequence[EncodedPrompt], done: int) -> Callable[[], list[Rollout]]:
+    def begin(self, prompts: Sequence[EncodedPrompt], done: int, again: int = 0) -> Callable[[], list[Rollout]]:
         """Lets the sampler begin with `prompts`, for the step that `done` steps lie behind; what it returns waits for
-        the groups."""
+        the groups. `again` counts the step's further batches: a prompt that comes twice is not sampled alike."""
         settings, sampler = self.config.rollout, self.policy.sampler
+        key = sampling_key(self.config.run.seed, done)
         ticket = sampler.submit(
             prompts,
             settings.completions,
             max_new_tokens=settings.max_new_tokens,
-            key=sampling_key(self.config.run.seed, done),
+            key=jax.random.fold_in(key, again) if again else key,
             temperature=settings.temperature,
             ignore_ends=self._forced_length,
         )
@@ -95,6 +98,24 @@ class Step:
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same groups with their rewards."""
         return with_overlong_penalty(self._judge(rollouts), self.config.algorithm, self.config.rollout.max_new_tokens)
+
+    def replace_equal(
+        self, rollouts: Sequence[Rollout], take: Callable[[int], list[EncodedPrompt]], done: int, watch: Stopwatch
+    ) -> list[Rollout]:
+        """DAPO's dynamic sampling: groups that earned all the same give way to those of fresh prompts, which `take`
+        gives (`rollout.dynamic`). What was sampled once more is timed as `rollout` and `score`."""
+
+        def more(again: int) -> list[Rollout]:
+            with watch("rollout"):
+                fresh = self.begin(take(len(rollouts)), done, again)()
+            with watch("score"):
+                return self.score(fresh)
+
+        rounds = self.config.algorithm.dynamic_sampling_rounds
+        if not rounds:
+            return list(rollouts)
+        kept, self._replaced = replace_equal_groups(rollouts, more, rounds)
+        return kept
 
     def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:
         """The groups as minibatches, with advantages and the log-probs that the algorithm asks for.
@@ -147,7 +168,7 @@ class Step:
         combined = {name: float(np.mean([metrics[name] for metrics in told])) for name in told[0]}
         combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
         combined |= {name: told[-1][name] for name in ("learning_rate", "skipped_updates")}
-        combined["kl_coefficient"] = self.kl_coefficient
+        combined |= self._replaced | {"kl_coefficient": self.kl_coefficient}
         if (algorithm := self.config.algorithm).kl_target:
             self.kl_coefficient = adapted_coefficient(
                 self.kl_coefficient,

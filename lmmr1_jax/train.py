@@ -132,6 +132,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stop.check()
                 with watch("score"):
                     rollouts = step.score(rollouts)
+                rollouts = step.replace_equal(rollouts, feeder.take, done, watch)
+                with watch("score"):
                     minibatches = step.prepare(rollouts, state.params)
                 stop.check()
             except (StopRequested, RewardFailed) as reason:

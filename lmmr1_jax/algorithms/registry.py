@@ -28,7 +28,7 @@ class Algorithm:
       advantages: pure NumPy function over groups; its config is resolved.
       smallest_group: completions per prompt that its baseline needs.
       loss, clip (low and high), aggregation, normalize (advantages), kl (estimator and placement), reward_clip,
-        overlong: its own values of the fields.
+        overlong (share), dynamic (sampling rounds): its own values of the fields.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Algorithm:
     kl: tuple[str, str]
     reward_clip: float | None = None
     overlong: float = 0.0
+    dynamic: int = 0
 
     @property
     def own(self) -> dict[str, Any]:
@@ -55,6 +56,7 @@ class Algorithm:
             "kl_placement": self.kl[1],
             "reward_clip": self.reward_clip,
             "overlong_share": self.overlong,
+            "dynamic_sampling_rounds": self.dynamic,
         }
 
 
@@ -70,7 +72,7 @@ _TABLE = (
     Algorithm("grpo",                  grpo.advantages,                  2, "clip",  _PPO,   "sequence", "group", _K3),
     Algorithm("dr_grpo",               dr_grpo.advantages,               2, "clip",  _PPO,   "constant", "none",  _K3),
     Algorithm("dapo",                  grpo.advantages,                  2, "clip",  _DAPO,  "token",    "group", _K3,
-              overlong=0.2),
+              overlong=0.2, dynamic=4),
     Algorithm("gspo",                  grpo.advantages,                  2, "gspo",  _GSPO,  "sequence", "group", _K3),
     Algorithm("cispo",                 grpo.advantages,                  2, "cispo", _CISPO, "token",    "group", _K3),
 )  # fmt: skip
@@ -137,6 +139,16 @@ def checked(config: TrainConfig) -> TrainConfig:
         raise UserError(
             "rollout.completions is 1; normalising over the group compares completions of one prompt and needs at "
             "least 2"
+        )
+    if filled.dynamic_sampling_rounds and config.rollout.completions < 2:
+        raise UserError(
+            "rollout.completions is 1; algorithm.dynamic_sampling_rounds looks for groups whose completions earn "
+            "differently and needs at least 2"
+        )
+    if filled.dynamic_sampling_rounds and config.rollout.staleness:
+        raise UserError(
+            "algorithm.dynamic_sampling_rounds samples more within a step, so that nothing can be sampled ahead of it; "
+            "rollout.staleness must be 0"
         )
     if needs_reference(config) and filled.kl_placement == "loss" and filled.kl_estimator == "k1":
         _log.warning("the gradient of k1 as a loss has mean zero: k2 or k3 pull the policy to the reference")
