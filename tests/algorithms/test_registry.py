@@ -82,6 +82,13 @@ def test_without_a_group_there_is_nothing_to_normalise_over():
             registry.checked(config(name="reinforce_pp", rollout={"completions": 1}, **{field: "group"}))
 
 
+def test_dynamic_sampling_needs_groups_that_are_not_sampled_ahead():
+    registry.checked(config(name="reinforce_pp", dynamic_sampling_rounds=2))
+    for name, fields in (("completions", {"completions": 1}), ("staleness", {"staleness": 1})):
+        with pytest.raises(UserError, match=f"rollout.{name}"):
+            registry.checked(config(name="reinforce_pp", dynamic_sampling_rounds=2, rollout=fields))
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(UserError, match="cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, .*rloo, rloo_lmm_r1"):
         registry.checked(config(name="grpo2"))
