@@ -161,7 +161,9 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, named):
 ADAPTIVE = "--algorithm.name dapo --algorithm.kl-coefficient 0.1 --algorithm.kl-target 1e-3 --algorithm.kl-horizon 50"
 
 
-@pytest.mark.parametrize("flags, runs", [("", 2), (f"{ADAPTIVE} --learner.minibatches 2", 1)], ids=["plain", "adaptive"])
+@pytest.mark.parametrize(
+    "flags, runs", [("", 2), (f"{ADAPTIVE} --learner.minibatches 2", 1)], ids=["plain", "adaptive"]
+)
 def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path, flags, runs):
     command = [sys.executable, "scripts/check_resume.py", "--runs", str(runs), "--folder", str(tmp_path / "runs")]
     command += ["--", *flags.split()] if flags else []
