@@ -58,7 +58,7 @@ class Limits:
     body_bytes: int = 32 << 20
     body_seconds: float = 30.0
     requests: int = 512
-    held_bytes: int = 256 << 20
+    held_bytes: int = 128 << 20
 
 
 class Refused(Exception):
@@ -78,6 +78,7 @@ def build_app(config: RewardsConfig, limits: Limits) -> Any:
     try:
         from fastapi import FastAPI, Request
         from fastapi.responses import JSONResponse
+        from starlette.requests import ClientDisconnect
     except ImportError:
         raise UserError("the reward server needs FastAPI and uvicorn: pip install 'lmmr1-jax[server]'") from None
 
@@ -123,28 +124,32 @@ def build_app(config: RewardsConfig, limits: Limits) -> Any:
         if held["requests"] >= limits.requests:
             return refusal(503, "too many requests at a time")
         held["requests"] += 1
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
+                    size += len(chunk)
                     held["bytes"] += len(chunk)
-                    if len(body) > limits.body_bytes:
+                    if size > limits.body_bytes:
                         raise Refused(413, f"the body is longer than {limits.body_bytes} bytes")
                     if held["bytes"] > limits.held_bytes:
                         raise Refused(503, "too many bytes of requests at a time")
-            items = read_items(bytes(body), config, limits.items)
+            items = read_items(body, config, limits.items)
+            body.clear()  # its texts live on, and count until they are judged
             answers = [asyncio.wrap_future(inbox.submit(verifier.task(*item))) for item in items]
             rewards = [verifier.reward(answer) for answer in await asyncio.gather(*answers)]
         except TimeoutError:
             return refusal(408, f"the body took longer than {limits.body_seconds:g} s")
+        except ClientDisconnect:
+            return refusal(400, "the connection broke within the body")
         except Refused as refused:
             return refusal(refused.status, str(refused))
         except RuntimeError as error:
             return refusal(503, str(error))
         finally:
             held["requests"] -= 1
-            held["bytes"] -= len(body)
+            held["bytes"] -= size
         return JSONResponse(
             {
                 "rewards": [reward.total for reward in rewards],
@@ -163,7 +168,7 @@ def build_app(config: RewardsConfig, limits: Limits) -> Any:
     return app
 
 
-def read_items(body: bytes, config: RewardsConfig, most: int) -> list[tuple[str, str, str, str]]:
+def read_items(body: bytearray, config: RewardsConfig, most: int) -> list[tuple[str, str, str, str]]:
     """(response, label, prompt, verifier) of every item of a request.
 
     Raises:

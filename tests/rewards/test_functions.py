@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -90,6 +91,13 @@ def test_the_richer_form_gets_whole_rollouts_and_names_its_parts(source):
 def test_numbers_come_in_several_forms(source, returned, total, parts):
     ((one, _),) = judge(source(f"def reward_func(queries, prompts, labels): return {returned}"), rollout(["a", "b"]))
     assert one.total == total and one.parts == parts
+
+
+def test_the_examples_in_the_docs_run(source):
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(), re.S)
+    for block, name, part in zip(blocks, ("reward_func", "judge"), ("mine0", "mine1/brief"), strict=True):
+        ((one, _),) = judge(source(block, entry="{file}:" + name), rollout(["a", "b"]))
+        assert part in one.parts
 
 
 FAULTY = {
