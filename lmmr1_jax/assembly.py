@@ -76,15 +76,22 @@ class Policy:
 
 
 @contextlib.contextmanager
-def open_policy(config: TrainConfig) -> Iterator[Policy]:
-    """The policy with the sampler that the config names; engines start here and end with the context."""
+def open_policy(
+    config: TrainConfig, *, resumed_at: int = 0, check: Callable[[], None] = lambda: None
+) -> Iterator[Policy]:
+    """The policy with the sampler that the config names; engines start here and end with the context.
+
+    Args:
+      resumed_at, check: see `open_sampler`.
+    """
     if config.rollout.sampler == "jax":
         yield assemble_policy(config)
         return
     # Ray first: it starts processes, which a process that runs JAX should not.
     with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus):
         policy = assemble_policy(config)
-        with open_sampler(config, policy.processor, policy.network, policy.source) as sampler:
+        parts = (config, policy.processor, policy.network, policy.source)
+        with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:
             yield dataclasses.replace(policy, sampler=sampler)
 
 

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Wrong input; the message is one line that names the file, row or field and says what would be right."""
+
+
+class SamplerLost(UserError):
+    """Nothing is left to sample with. A run keeps what it has and can be resumed."""

@@ -25,6 +25,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
+      SamplerLost: no vLLM engine is left; a checkpoint has been written.
       RewardFailed: a reward function or server failed and `rewards.on_error` is "stop"; a checkpoint has been written.
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
     """
@@ -34,6 +35,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lmmr1_jax.compilation import release_memory
     from lmmr1_jax.data.held_out import HeldOut
     from lmmr1_jax.data.skips import SkipLog
+    from lmmr1_jax.errors import SamplerLost
     from lmmr1_jax.gap_watch import GapWatch
     from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
     from lmmr1_jax.rewards.sources import RewardFailed
@@ -53,10 +55,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())
         folder = open_parts.enter_context(open_run_folder(config))
-        resumes = config.run.resume and bool(whole_steps(folder / "checkpoints"))
+        written = whole_steps(folder / "checkpoints")
+        resumes = config.run.resume and bool(written)
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
-        policy = open_parts.enter_context(assembly.open_policy(config))
+        policy = open_parts.enter_context(
+            assembly.open_policy(config, resumed_at=max(written, default=0), check=stop.check)
+        )
         rewards = open_parts.enter_context(assembly.build_rewards(config, policy.processor, verifier, stop.check))
         prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
         assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
@@ -116,10 +121,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
         def save(memory: dict[str, Any], score: float | None = None) -> None:
             checkpoints.save(done, state, memory, score=score)
 
+        def leave(reason: Exception, memory: dict[str, Any]) -> None:
+            """The run ends where it stands, and goes on from there."""
+            if done not in checkpoints.steps():
+                save(memory)
+            checkpoints.wait()
+            tracker.say(f"stopped by {reason} after step {done}; --resume goes on from there")
+            raise reason
+
+        def evaluation_due() -> bool:
+            return done in (0, total_steps) or bool(config.eval.every and done % config.eval.every == 0)
+
         # Also by a run that was killed before its first checkpoint: evaluating can widen the sampler's shapes, and
         # with them change the last bits of what it samples.
-        if done == 0 and 0 not in tracker.evaluations:
-            evaluate_policy()
+        try:
+            if evaluation_due() and done not in tracker.evaluations:
+                evaluate_policy()
+        except (StopRequested, SamplerLost) as reason:
+            leave(reason, {name: part.state() for name, part in remembering.items()})
 
         first = done
         while done < total_steps:
@@ -136,20 +155,20 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 with watch("score"):
                     minibatches = step.prepare(rollouts, state.params)
                 stop.check()
-            except (StopRequested, RewardFailed) as reason:
-                if done not in checkpoints.steps():
-                    save(memory)
-                checkpoints.wait()
-                tracker.say(f"stopped by {reason} after step {done}; --resume goes on from there")
-                raise
+            except (StopRequested, SamplerLost, RewardFailed) as reason:
+                leave(reason, memory)
             with watch("learn"):
                 state, metrics = step.update(state, minibatches)
             metrics |= lag(rollouts, done)
             done += 1
+            interrupted = None
             with watch("sync"):
-                policy.sampler.load(state.params, done, within=config.rollout.update == "within")
-                if probe is not None:
-                    metrics |= probe.measure(rollouts[0].encoded, state.params)
+                try:
+                    policy.sampler.load(state.params, done, within=config.rollout.update == "within")
+                    if probe is not None:
+                        metrics |= probe.measure(rollouts[0].encoded, state.params)
+                except (StopRequested, SamplerLost) as reason:
+                    interrupted = reason  # the step is done all the same, and is written down first
             if done == first + 1:  # all programs are compiled
                 release_memory()
 
@@ -163,13 +182,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
             )
             for warning in rewards.warnings():
                 tracker.warn(warning)
-            if warning := gap.observe(done, metrics["gap/mean"]):
+            if interrupted is None and (warning := gap.observe(done, metrics["gap/mean"])):
                 tracker.warn(warning)
 
             last = done == total_steps
             score = None
-            if last or (config.eval.every and done % config.eval.every == 0):
-                score = evaluate_policy()
+            try:
+                if interrupted is not None:
+                    raise interrupted
+                if evaluation_due():
+                    score = evaluate_policy()
+            except (StopRequested, SamplerLost) as reason:
+                leave(reason, {name: part.state() for name, part in remembering.items()})
             if last or score is not None or done % config.checkpoint.every == 0:
                 save({name: part.state() for name, part in remembering.items()}, score)
 

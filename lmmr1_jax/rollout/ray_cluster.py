@@ -7,6 +7,9 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -70,24 +73,17 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
     if not config.address and importlib.util.find_spec("vllm") is None:
         raise UserError(f"rollout.sampler vllm needs vLLM, which is not installed: {INSTALL_HINT}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if config.address:
+        _refuse_unreachable(config)
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
         if config.address:
-            _refuse_unreachable(config)
             ray.init(address=config.address, **quiet)
         else:
-            with _visible_devices(config.devices):
-                ray.init(
-                    address="local",
-                    num_cpus=max(cpus, os.cpu_count() or 1),
-                    include_dashboard=False,
-                    _node_ip_address="127.0.0.1",
-                    **quiet,
-                )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = "a Ray cluster on this machine"
-        if config.address:
-            where = f"ray.address {config.address} (with {'a' if _has_token() else 'no'} token, see scripts/ray_head.sh)"
+            with _visible_devices(config.devices), _on_localhost():
+                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
         raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
     finally:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
@@ -98,10 +94,9 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
-def reserve(
-    bundle: Mapping[str, float], count: int, *, label: str, timeout: float
-) -> Places:
-    """Room for `count` engines.
+@contextlib.contextmanager
+def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: float) -> Iterator[Places]:
+    """Room for `count` engines, given back with the context.
 
     Args:
       bundle: resources of one of them.
@@ -129,15 +124,45 @@ def reserve(
             f"vllm.engines {count}: the cluster has no room for them; they need {needed}{on}, and free are {there} "
             "(another run may hold the rest, or a node may lack resources that only add up over several)"
         )
-    return Places(group, dict(bundle))
+    try:
+        yield Places(group, dict(bundle))
+    finally:
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            remove_placement_group(group)
 
 
 def _refuse_unreachable(config: RayConfig) -> None:
-    """Ray itself waits for minutes for an address that does not answer."""
-    import socket
+    """Ray itself waits for minutes for an address that does not answer, or that something else answers at."""
+    if config.address != "auto":
+        _await_listener(config)
+    # A process can be given up, a call into Ray can't; and what Ray's libraries write by themselves stays there.
+    command = [sys.executable, "-c", _JOIN, config.address]
+    try:
+        joined = subprocess.run(command, capture_output=True, text=True, timeout=config.timeout)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"ray.address {config.address} does not answer as a Ray cluster within ray.timeout, {config.timeout:g} s"
+        ) from None
+    if joined.returncode:
+        lines = (joined.stdout.strip() or joined.stderr.strip() or f"status {joined.returncode}").splitlines()
+        raise UserError(
+            f"ray.address {config.address} can't be used: {lines[-1][:300]} (with {'a' if _has_token() else 'no'} "
+            "token, see scripts/ray_head.sh; this machine must be a node of the cluster and have its version of Ray)"
+        )
 
-    if config.address == "auto":
-        return
+
+_JOIN = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+except Exception as error:
+    print(" ".join(str(error).split()) or type(error).__name__)
+    sys.exit(1)
+"""
+
+
+def _await_listener(config: RayConfig) -> None:
+    """Until somebody listens at the address: a head node may start a moment later than the run."""
     if "://" in config.address:
         raise UserError(
             f"ray.address is {config.address!r}; it must be HOST:PORT of a cluster that this machine is a node of "
@@ -161,6 +186,26 @@ def _has_token() -> bool:
     """Whether this machine holds a token for clusters that ask for one, where Ray looks for it."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(path)
+
+
+@contextlib.contextmanager
+def _on_localhost() -> Iterator[None]:
+    """A cluster that is started inside binds to the loopback interface alone, as Ray's clusters do on a laptop.
+
+    Ray has no argument for it: 127.0.0.1 as the node's address it takes for a mistake, and looks for another.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    told = os.environ.get(name)
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for Ray's other processes, and for this one
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if told is not None:
+            os.environ[name] = told
 
 
 @contextlib.contextmanager

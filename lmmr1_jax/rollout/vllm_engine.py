@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import difflib
 import os
 import queue
 import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from lmmr1_jax.rollout.vllm_protocol import (
     EngineFailed,
     EngineSettings,
+    EngineUnfit,
     GroupRequest,
     RequestRefused,
     SampledCompletion,
@@ -77,8 +80,13 @@ class Engine:
         return group.result
 
     def initialise(self, info: dict[str, Any]) -> Future:
-        """Tells the weight-transfer engine who the learner is."""
-        return self._ask(lambda: self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info}))
+        """Tells the weight-transfer engine who the learner is; `EngineUnfit` where the two have other models."""
+
+        def initialise() -> None:
+            with _unfit():
+                self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+
+        return self._ask(initialise)
 
     def begin_update(self, *, within: bool) -> Future:
         """Stops sampling; done when the engine is ready to receive."""
@@ -138,6 +146,8 @@ class Engine:
         if fails is not None:
             future.add_done_callback(lambda done: done.exception() and _set_exception(fails, done.exception()))
         self._commands.put((future, work))
+        if self._failure is not None:  # it failed meanwhile, and may have looked through its commands already
+            _set_exception(future, self._failure)
         return future
 
     def _run(self) -> None:
@@ -156,7 +166,7 @@ class Engine:
                         begin()
         except BaseException as error:
             traceback.print_exc()
-            self._fail(EngineFailed(_line(error)))
+            self._fail(_as_failure(error))
         finally:
             if self._llm is not None:
                 with contextlib.suppress(Exception):
@@ -320,11 +330,25 @@ def _failing(future: Future) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _set_exception(future, EngineFailed(_line(error)))
+        _set_exception(future, _as_failure(error))
+
+
+@contextlib.contextmanager
+def _unfit() -> Iterator[None]:
+    """What is refused inside would be refused again."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineUnfit(_line(error)) from error
+
+
+def _as_failure(error: BaseException) -> EngineFailed:
+    """What the fleet is told: an exception that it knows, on any machine."""
+    return error if isinstance(error, EngineFailed) else EngineFailed(_line(error))
 
 
 def _set_exception(future: Future, error: BaseException) -> None:
-    if not future.done():
+    with contextlib.suppress(InvalidStateError):  # done already
         future.set_exception(error)
 
 
@@ -347,14 +371,14 @@ def _build(settings: EngineSettings, folder: Path) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import vllm
-    except ImportError as error:
-        raise RuntimeError(
+    except Exception as error:  # not there, or not to be had with the torch that is there
+        raise EngineUnfit(
             f"vLLM can't be imported on {socket.gethostname()} ({_line(error)}); requirements-sampler.txt installs it"
         ) from error
     try:
         from vllm.config import WeightTransferConfig
     except ImportError as error:
-        raise RuntimeError(
+        raise EngineUnfit(
             f"vLLM {vllm.__version__} on {socket.gethostname()} is too old to take weights: it must be 0.32"
         ) from error
     from vllm.engine.arg_utils import EngineArgs
@@ -390,4 +414,13 @@ def _build(settings: EngineSettings, folder: Path) -> Any:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     else:
         arguments["gpu_memory_utilization"] = settings.memory_share
-    return LLMEngine.from_engine_args(EngineArgs(**arguments | settings.arguments))
+    known = [field.name for field in dataclasses.fields(EngineArgs)]
+    for name in settings.arguments:
+        if name not in known:
+            hint = difflib.get_close_matches(name, known, 1)
+            also = f"; did you mean {hint[0]}?" if hint else ""
+            raise EngineUnfit(f"vllm.arguments: vLLM {vllm.__version__} has no argument {name!r}{also}")
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments | settings.arguments))
+    except (TypeError, ValueError) as error:  # its own word for arguments that it refuses
+        raise EngineUnfit(f"vLLM refuses its arguments: {_line(error)}") from error

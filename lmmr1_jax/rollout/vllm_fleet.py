@@ -6,7 +6,8 @@
     groups = fleet.collect(ticket)          # in the order of the requests
 
 An engine that dies, hangs or breaks a sync is replaced, and its requests go to the others. It samples nothing before
-it has whole weights: a new one gets them in the next `load` or `collect`, whichever comes first.
+it has whole weights: a new one gets them in the next `load` or `collect`, whichever comes first. One that can't be
+built as it was told is given up at once, for the next would fail alike.
 
 A thread hears of everything that happens on the cluster; `load` and `collect` run in the caller's, because the
 weights may only be read between two updates of the learner.
@@ -15,6 +16,7 @@ weights may only be read between two updates of the learner.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -23,14 +25,23 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmmr1_jax.errors import UserError
-from lmmr1_jax.rollout.vllm_protocol import EngineInfo, GroupRequest, RequestRefused, SampledCompletion
+from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.rollout.vllm_protocol import (
+    EngineFailed,
+    EngineInfo,
+    EngineUnfit,
+    GroupRequest,
+    RequestRefused,
+    SampledCompletion,
+)
 from weights_bridge.vllm.sender import failure_of
 
 _log = logging.getLogger(__name__)
 
 MOST_ATTEMPTS = 4
 """Engines that may fail over one request before the request is to blame."""
+SHARED_ATTEMPTS = 2
+"""After so many failures a request gets an engine for itself: the next failure is nobody else's."""
 TICK_SECONDS = 1.0
 _POLL_SECONDS = 0.5
 
@@ -51,13 +62,19 @@ class _Work:
     request: GroupRequest
     ticket: Ticket
     index: int
-    attempts: int = 0
+    failures: int = 0
     since: float = 0.0
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what the engines fail over."""
+        return self.failures >= SHARED_ATTEMPTS
 
 
 @dataclasses.dataclass(eq=False)
 class _Engine:
-    """One incarnation of the engine at a place. It goes from built to loaded, and at any time to lost."""
+    """One incarnation of the engine at a place. It goes from built (`info`) to loaded (`version`), at any time to
+    lost."""
 
     place: int
     handle: Any
@@ -71,6 +88,17 @@ class _Engine:
     def busy(self) -> int:
         """Completions that it has been asked for."""
         return sum(work.request.completions for work in self.work.values())
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it may be asked for completions."""
+        return self.version is not None and not self.lost
+
+    def takes(self, work: _Work, limit: int) -> bool:
+        """Whether it has room for `work`."""
+        if not self.loaded or any(other.suspect for other in self.work.values()):
+            return False
+        return not self.work if work.suspect else self.busy < limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +136,7 @@ class Fleet:
         transport: Any,
         init_info: dict[str, Any],
         say: Callable[[str], None] = _log.warning,
+        check: Callable[[], None] = lambda: None,
     ):
         """Starts the engines; returns at once.
 
@@ -116,10 +145,12 @@ class Fleet:
           make_engine: a Ray handle of a new engine, from its place and how many were made there before.
           transport: how weights travel.
           init_info: what the transport's receiving end must know before the first update.
-          say: told, in one line, of engines that are lost or come late.
+          say: told, in one line, of engines that are lost.
+          check: called again and again while something is waited for; what it raises ends the waiting, and the fleet
+            must then be closed.
         """
         self.replaced = 0
-        self._settings, self._make_engine, self._say = settings, make_engine, say
+        self._settings, self._make_engine, self._say, self._check = settings, make_engine, say, check
         self._transport, self._init_info = transport, init_info
         self._lock = threading.Condition()
         self._waiting: collections.deque[_Work] = collections.deque()
@@ -129,6 +160,7 @@ class Fleet:
         self._given_up: dict[int, str] = {}
         self._made = collections.Counter()
         self._none_since = time.monotonic()
+        self._broken: BaseException | None = None
         self._engines: list[_Engine] = []
         with self._lock:
             for place in range(settings.engines):
@@ -140,7 +172,7 @@ class Fleet:
     def infos(self) -> list[EngineInfo]:
         """Of the engines that have weights."""
         with self._lock:
-            return [engine.info for engine in self._engines if engine.version is not None]
+            return [engine.info for engine in self._engines if engine.loaded]
 
     def load(self, stream: Any, version: int, *, within: bool = False) -> None:
         """Gives every engine the stream's weights; waits until at least one has them.
@@ -151,12 +183,12 @@ class Fleet:
           within: change them in the midst of completions, see `Engine.begin_update`.
 
         Raises:
-          UserError: no engine could be started or synced in time.
+          SamplerLost: no engine could be started or synced in time.
         """
         with self._lock:
             self._stream, self._version = stream, version
         self._sync(within=within)
-        self._until(lambda: any(engine.version == version for engine in self._engines))
+        self._until(lambda: any(engine.loaded and engine.version == version for engine in self._engines))
 
     def forget(self) -> None:
         """The weights are about to change in place: engines that come now wait for the next `load`."""
@@ -175,7 +207,8 @@ class Fleet:
         """Waits for a ticket's groups; gives weights to engines that came since.
 
         Raises:
-          UserError: a request can't be served, or no engine is left to serve it.
+          UserError: a request can't be served.
+          SamplerLost: no engine is left to serve it.
         """
         self._until(lambda: not ticket.missing or ticket.failure is not None)
         if ticket.failure is not None:
@@ -186,54 +219,48 @@ class Fleet:
         """The request's group from every engine that has weights, before all that waits there.
 
         Raises:
-          UserError: no engine answers.
+          UserError: the request can't be served.
+          SamplerLost: no engine answers.
         """
         with self._lock:
-            engines = [engine for engine in self._engines if engine.version is not None and not engine.lost]
-        calls = [
-            (engine, engine.handle.generate.remote(dataclasses.replace(request, name=f"{request.name}@{engine.place}")))
-            for engine in engines
-        ]
-        deadline = time.monotonic() + self._settings.request_timeout
+            engines = [engine for engine in self._engines if engine.loaded]
         groups = []
-        for engine, call in calls:
-            if error := failure_of(call, deadline):
-                self._lose(engine, error)
-            else:
-                groups.append(_value(call))
+
+        def ask(engine: _Engine) -> Any:
+            return engine.handle.generate.remote(dataclasses.replace(request, name=f"{request.name}@{engine.place}"))
+
+        for _, call in self._each(engines, ask, self._settings.request_timeout):
+            groups.append(_value(call))
         if not groups:
-            raise UserError("no vLLM engine answers after a sync; --resume goes on from the newest checkpoint")
+            raise SamplerLost("no vLLM engine answers after a sync")
         return groups
 
     def sleep(self) -> None:
         """All engines that have nothing to do give their memory back until the next `load`."""
         with self._lock:
-            engines = [engine for engine in self._engines if engine.version is not None and not engine.work]
-        deadline = time.monotonic() + self._settings.sync_timeout
-        calls = [(engine, engine.handle.sleep.remote()) for engine in engines]
-        for engine, call in calls:
-            if error := failure_of(call, deadline):
-                self._lose(engine, error)
+            engines = [engine for engine in self._engines if engine.loaded and not engine.work]
+        self._each(engines, lambda engine: engine.handle.sleep.remote(), self._settings.sync_timeout)
 
     def close(self) -> None:
         """Ends all engines."""
-        import ray
-
         self._events.put(None)
         self._thread.join(timeout=30)
         for engine in self._engines:
-            ray.kill(engine.handle)
+            _kill(engine.handle)
 
     # What follows is said in the caller's thread.
 
     def _until(self, reached: Callable[[], bool]) -> None:
         """Waits, and meanwhile syncs the engines that are built and have no weights."""
         while True:
+            self._check()
             with self._lock:
+                if self._broken is not None:
+                    raise SamplerLost(f"the fleet of vLLM engines failed: {_reason(self._broken)}") from self._broken
                 if reached():
                     return
                 if (fault := self._hopeless()) is not None:
-                    raise UserError(fault)
+                    raise SamplerLost(fault)
                 if not self._unsynced():
                     self._lock.wait(_POLL_SECONDS)
                     continue
@@ -246,45 +273,56 @@ class Fleet:
 
     def _hopeless(self) -> str | None:
         if len(self._given_up) == self._settings.engines:
-            reason = next(iter(self._given_up.values()))
-            return f"no vLLM engine is left, the last said: {reason}; --resume goes on from the newest checkpoint"
+            return "; ".join(dict.fromkeys(self._given_up.values()))
         if any(engine.info is not None and not engine.lost for engine in self._engines):
             return None
-        waited = time.monotonic() - self._none_since
-        if waited > self._settings.start_timeout:
-            return (
-                f"no vLLM engine came within vllm.start_timeout={self._settings.start_timeout:g} s; "
-                "--resume goes on from the newest checkpoint"
-            )
+        if time.monotonic() - self._none_since > self._settings.start_timeout:
+            return f"no vLLM engine came within vllm.start_timeout, {self._settings.start_timeout:g} s"
         return None
 
     def _sync(self, *, within: bool) -> None:
         with self._lock:
             engines, version, stream = self._unsynced(), self._version, self._stream
-        begun = self._each(engines, lambda engine: engine.handle.begin_update.remote(within))
+            # What is being sampled may take that long to end, and an update between completions waits for it.
+            drained = self._settings.request_timeout if any(engine.work for engine in engines) and not within else 0.0
+        sync_timeout = self._settings.sync_timeout
+        begun = [
+            engine
+            for engine, _ in self._each(
+                engines, lambda engine: engine.handle.begin_update.remote(within), max(sync_timeout, drained)
+            )
+        ]
         if not begun:
             return
         lost = self._transport.send(stream, [engine.handle for engine in begun])
         for index, error in lost.items():
             self._lose(begun[index], error)
         whole = [engine for index, engine in enumerate(begun) if index not in lost]
-        done = self._each(whole, lambda engine: engine.handle.finish_update.remote(version))
+        done = self._each(whole, lambda engine: engine.handle.finish_update.remote(version), sync_timeout)
         with self._lock:
-            for engine in done:
+            for engine, _ in done:
                 engine.version = version
             self._hand_out()
 
-    def _each(self, engines: Sequence[_Engine], call: Callable[[_Engine], Any]) -> list[_Engine]:
-        """Asks all at once; those that answered in time. The others are lost."""
+    def _each(
+        self, engines: Sequence[_Engine], call: Callable[[_Engine], Any], seconds: float
+    ) -> list[tuple[_Engine, Any]]:
+        """Asks all at once; those that answered in time, each with its call. The others are lost.
+
+        Raises:
+          UserError: what was asked for can't be had from any engine.
+        """
         calls = [(engine, call(engine)) for engine in engines]
-        # An update that waits for completions to end may wait as long as these may take.
-        deadline = time.monotonic() + max(self._settings.sync_timeout, self._settings.request_timeout)
+        deadline = time.monotonic() + seconds
         answered = []
         for engine, reference in calls:
-            if error := failure_of(reference, deadline):
-                self._lose(engine, error)
+            error = failure_of(reference, deadline, self._check)
+            if error is None:
+                answered.append((engine, reference))
+            elif refused := _cause(error, RequestRefused):
+                raise UserError(str(refused))
             else:
-                answered.append(engine)
+                self._lose(engine, error)
         return answered
 
     # What follows is said with the lock held.
@@ -298,16 +336,12 @@ class Fleet:
     def _hand_out(self) -> None:
         """Each group whole to the engine that has least to do, while any has room."""
         while self._waiting:
-            free = [
-                engine
-                for engine in self._engines
-                if engine.version is not None and not engine.lost and engine.busy < self._settings.max_sequences
-            ]
+            work = self._waiting[0]
+            free = [engine for engine in self._engines if engine.takes(work, self._settings.max_sequences)]
             if not free:
                 return
             engine = min(free, key=lambda engine: engine.busy)
-            work = self._waiting.popleft()
-            work.attempts += 1
+            self._waiting.popleft()
             work.since = time.monotonic()
             call = engine.handle.generate.remote(work.request)
             engine.work[call] = work
@@ -319,7 +353,7 @@ class Fleet:
             return
         if isinstance(result, BaseException):
             if refused := _cause(result, RequestRefused):
-                work.ticket.failure = UserError(str(refused))
+                self._fail(work.ticket, str(refused))
             else:
                 engine.work[call] = work
                 self._replace(engine, result)
@@ -333,40 +367,51 @@ class Fleet:
         if isinstance(result, BaseException):
             self._replace(engine, result)
             return
-        engine.info = result
         if self._transport.introduces_itself:
+            engine.info = result
             return
-        self._hear(
-            engine.handle.initialise.remote(self._init_info),
-            lambda answer: isinstance(answer, BaseException) and self._replace(engine, answer),
-        )
+
+        def initialised(answer: Any) -> None:
+            if isinstance(answer, BaseException):
+                self._replace(engine, answer)
+            else:
+                engine.info = result
+
+        self._hear(engine.handle.initialise.remote(self._init_info), initialised)
 
     def _replace(self, engine: _Engine, error: BaseException) -> None:
         """The engine is gone: its work goes to the front of the queue, a new one to its place."""
         if engine.lost:
             return
-        import ray
-
         engine.lost, engine.version = True, None
-        ray.kill(engine.handle)
+        _kill(engine.handle)
         reason = _reason(error)
         for work in reversed(engine.work.values()):
-            if work.attempts >= MOST_ATTEMPTS:
-                work.ticket.failure = UserError(
-                    f"{work.request.name}: {work.attempts} engines failed over it, the last said: {reason}"
-                )
+            work.failures += 1
             self._waiting.appendleft(work)
+            if work.failures >= MOST_ATTEMPTS:
+                self._fail(
+                    work.ticket,
+                    f"{work.failures} vLLM engines failed while they sampled from {work.request.name}: {reason}",
+                )
         engine.work.clear()
-        if not any(other.info is not None and not other.lost for other in self._engines):
+        if engine.info is not None and not any(other.info is not None and not other.lost for other in self._engines):
             self._none_since = time.monotonic()
-        if engine.failures >= self._settings.restarts:
+        where = "" if engine.info is None else f" on {engine.info.host}"
+        if _cause(error, EngineUnfit) or engine.failures >= self._settings.restarts:
             self._given_up[engine.place] = reason
-            self._say(f"vLLM engine {engine.place} is given up after {engine.failures + 1} failures: {reason}")
+            if len(self._given_up) < self._settings.engines:  # else it is what `_hopeless` says
+                self._say(f"vLLM engine {engine.place}{where} is given up: {reason}")
         else:
             self.replaced += 1
-            self._say(f"vLLM engine {engine.place} is replaced: {reason}")
+            self._say(f"vLLM engine {engine.place}{where} is replaced: {reason}")
             self._start(engine.place, engine.failures + 1)
         self._hand_out()
+
+    def _fail(self, ticket: Ticket, fault: str) -> None:
+        """The ticket can't be served; nobody need try."""
+        ticket.failure = ticket.failure or UserError(fault)
+        self._waiting = collections.deque(work for work in self._waiting if work.ticket is not ticket)
 
     # What follows is said by whoever hears of it.
 
@@ -385,22 +430,40 @@ class Fleet:
         call.future().add_done_callback(told)
 
     def _listen(self) -> None:
+        looked = time.monotonic()
         while True:
             try:
                 event = self._events.get(timeout=TICK_SECONDS)
             except queue.Empty:
-                event = self._look_for_hanging
+                event = _nothing
             if event is None:
                 return
             with self._lock:
-                event()
+                try:
+                    event()
+                    if time.monotonic() - looked >= TICK_SECONDS:
+                        looked = time.monotonic()
+                        self._look_for_hanging(looked - self._settings.request_timeout)
+                except Exception as error:  # Ray's own, of a cluster that is gone; whoever waits must hear of it
+                    self._broken = error
                 self._lock.notify_all()
 
-    def _look_for_hanging(self) -> None:
-        oldest = time.monotonic() - self._settings.request_timeout
+    def _look_for_hanging(self, oldest: float) -> None:
         for engine in list(self._engines):
             if not engine.lost and any(work.since < oldest for work in engine.work.values()):
-                self._replace(engine, TimeoutError(f"a group took longer than vllm.request_timeout on {engine.info}"))
+                seconds = self._settings.request_timeout
+                self._replace(engine, TimeoutError(f"a group took longer than vllm.request_timeout, {seconds:g} s"))
+
+
+def _nothing() -> None:
+    """No event."""
+
+
+def _kill(handle: Any) -> None:
+    import ray
+
+    with contextlib.suppress(Exception):  # it may be dead, or the cluster gone
+        ray.kill(handle)
 
 
 def _value(call: Any) -> Any:
@@ -416,7 +479,20 @@ def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | N
 
 
 def _reason(error: BaseException) -> str:
-    """One line of the innermost cause."""
+    """One line: what an engine said of itself, or what Ray knows of its end."""
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
     cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    text = str(cause)
+    if isinstance(cause, EngineFailed):
+        return text
+    if isinstance(cause, GetTimeoutError):
+        return "it does not answer (vllm.sync_timeout)"
+    if isinstance(cause, ActorUnavailableError):
+        return "its process can't be reached"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(cause, ActorDiedError):
+        if "node" in text and "dead" in text or "node has died" in text:
+            return "its machine is gone"
+        return f"its process died: {lines[-1][:300]}"
     return f"{type(cause).__name__}: {lines[0][:300] if lines else 'no message'}"

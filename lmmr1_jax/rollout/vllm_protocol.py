@@ -104,5 +104,10 @@ class EngineFailed(Exception):
     """An engine that can't go on; one line of what its own exception said, which this side may lack the classes of."""
 
 
+class EngineUnfit(EngineFailed):
+    """An engine that can't be what it was told to be, and another in its place could not either: no vLLM there, or one
+    that refuses its arguments or has another model than the learner."""
+
+
 class RequestRefused(Exception):
     """A request that no engine can serve, and that trying again would not help; one line."""

@@ -24,7 +24,7 @@ from lmmr1_jax.config import TrainConfig, VllmConfig
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.models.network import Network
-from lmmr1_jax.rollout.ray_cluster import reserve
+from lmmr1_jax.rollout.ray_cluster import reserved
 from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings, Ticket
 from lmmr1_jax.rollout.vllm_protocol import EngineSettings, GroupRequest
 from lmmr1_jax.types import Completion, EncodedPrompt
@@ -160,15 +160,24 @@ class VllmSampler:
 
 @contextlib.contextmanager
 def open_sampler(
-    config: TrainConfig, processor: Processor, network: Network, source: Path
+    config: TrainConfig,
+    processor: Processor,
+    network: Network,
+    source: Path,
+    *,
+    resumed_at: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[VllmSampler]:
     """Engines for the model in `source`, which end with the context. They have no weights yet. Ray must be connected.
 
     Args:
       config: reads `vllm`, `ray`, `rollout`, `eval`, `data` and `run.seed`.
-      processor: the model's.
+      processor: the model's; prompts that would leave a completion too few of the model's positions are too long for
+        it from here on.
       network: the model.
       source: its folder.
+      resumed_at: the step that the run goes on from: the engines don't draw again what they drew at its start.
+      check: called while engines are waited for; what it raises ends the waiting.
 
     Raises:
       UserError: no room on the cluster, or no GPU where one is asked for.
@@ -183,10 +192,10 @@ def open_sampler(
         bundle["GPU"] = config.vllm.tensor_parallel
     if config.vllm.resource:
         bundle[config.vllm.resource] = 0.001
-    places = reserve(bundle, config.vllm.engines, label=config.vllm.label, timeout=config.ray.timeout)
-    transport = choose_transport(config.vllm)
+    transport = choose_transport(config.vllm, check)
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    _leave_room(processor, raw_config, _longest_completion(config))
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
     files.pop("model.safetensors.index.json", None)
@@ -194,7 +203,8 @@ def open_sampler(
 
     def make_engine(place: int, made_before: int) -> Any:
         # Not the same random numbers again: a replaced engine would repeat what it sampled.
-        seed = (config.run.seed * 1_000_003 + place * 1009 + made_before) % 2**31
+        numbers = np.random.SeedSequence((config.run.seed, resumed_at, place, made_before))
+        seed = int(numbers.generate_state(1)[0]) >> 1  # 31 bits
         options = places.options(place) | {"max_concurrency": 10_000, "max_restarts": 0}
         return actor.options(**options).remote(dataclasses.replace(settings, seed=seed), files)
 
@@ -204,25 +214,50 @@ def open_sampler(
         dtype = np.dtype(settings.dtype)  # jax registers bfloat16 with NumPy
         return TensorStream(params, entries, dtype=dtype, bucket_bytes=transport.stream_bytes, for_engines=True)
 
-    fleet = Fleet(
-        FleetSettings(
-            engines=config.vllm.engines,
-            max_sequences=config.vllm.max_sequences,
-            start_timeout=config.vllm.start_timeout,
-            sync_timeout=config.vllm.sync_timeout,
-            request_timeout=config.vllm.request_timeout,
-            restarts=config.vllm.restarts,
-        ),
-        make_engine,
-        transport,
-        init_info(raw_config, stream(network.abstract_params)),
+    bounds = FleetSettings(
+        engines=config.vllm.engines,
+        max_sequences=config.vllm.max_sequences,
+        start_timeout=config.vllm.start_timeout,
+        sync_timeout=config.vllm.sync_timeout,
+        request_timeout=config.vllm.request_timeout,
+        restarts=config.vllm.restarts,
     )
-    with contextlib.closing(fleet):
-        merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
-        yield VllmSampler(fleet, stream, settings, merge_size)
+    introduction = init_info(raw_config, stream(network.abstract_params))
+    with reserved(bundle, config.vllm.engines, label=config.vllm.label, timeout=config.ray.timeout) as places:
+        with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
+            merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
+            yield VllmSampler(fleet, stream, settings, merge_size)
 
 
-def choose_transport(config: VllmConfig) -> Any:
+def _longest_completion(config: TrainConfig) -> int:
+    return max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+
+
+def _leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: int) -> None:
+    """Lowers the processor's limit to the prompts that vLLM would take.
+
+    Raises:
+      UserError: it would take none.
+    """
+    text = raw_config.get("text_config") or raw_config
+    positions = text.get("max_position_embeddings", raw_config.get("max_position_embeddings"))
+    if positions is None or processor.max_prompt_tokens + new_tokens <= positions:
+        return
+    if positions <= new_tokens:
+        raise UserError(
+            f"rollout.max_new_tokens or eval.max_new_tokens is {new_tokens}, but the model has only {positions} "
+            "positions for a prompt with its completion"
+        )
+    processor.max_prompt_tokens = positions - new_tokens
+    _log.warning(
+        "prompts of more than %d tokens are skipped: the model has %d positions, and a completion may take %d",
+        processor.max_prompt_tokens,
+        positions,
+        new_tokens,
+    )
+
+
+def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: None) -> Any:
     """How weights travel.
 
     Raises:
@@ -237,7 +272,7 @@ def choose_transport(config: VllmConfig) -> Any:
         from weights_bridge.vllm.ipc import IpcTransport
 
         return IpcTransport(**limits)
-    return HostTransport(**limits)
+    return HostTransport(check=check, **limits)
 
 
 def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, backend: str) -> EngineSettings:
@@ -245,7 +280,6 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
     dtype = config.vllm.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
     try:
         arguments = json.loads(config.vllm.arguments or "{}")
     except ValueError as error:
@@ -257,7 +291,7 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
         dtype=dtype,
         tensor_parallel=config.vllm.tensor_parallel,
         max_sequences=config.vllm.max_sequences,
-        max_model_len=longest,
+        max_model_len=processor.max_prompt_tokens + _longest_completion(config),
         memory_share=config.vllm.memory_share,
         kv_cache_bytes=int(kv_cache_gib * 2**30),
         eager=config.vllm.eager or not on_gpu,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from weights_bridge.stream import TensorStream
 from weights_bridge.vllm.plugin import HOST_BACKEND
+
+POLL_SECONDS = 0.5
 
 
 @dataclasses.dataclass
@@ -43,12 +45,20 @@ class HostTransport:
     backend = HOST_BACKEND
     introduces_itself = False
 
-    def __init__(self, *, bucket_bytes: int = 256 << 20, timeout: float = 600.0):
+    def __init__(
+        self,
+        *,
+        bucket_bytes: int = 256 << 20,
+        timeout: float = 600.0,
+        check: Callable[[], None] = lambda: None,
+    ):
         """
         Args:
           bucket_bytes: memory that a bucket may take.
           timeout: seconds after which an engine that does not take its bucket counts as lost.
+          check: called again and again while engines are waited for; what it raises ends the sending.
         """
+        self._check = check
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
 
@@ -102,21 +112,30 @@ class HostTransport:
         for index, acknowledgement in sent.acknowledgements.items():
             if index in lost:
                 continue
-            if error := failure_of(acknowledgement, deadline):
+            if error := failure_of(acknowledgement, deadline, self._check):
                 lost[index] = error
 
 
-def failure_of(reference: Any, deadline: float) -> BaseException | None:
-    """Waits for a Ray call that returns nothing; what went wrong, or None.
+def failure_of(
+    reference: Any, deadline: float, check: Callable[[], None] = lambda: None
+) -> BaseException | None:
+    """Waits for a Ray call; what went wrong, or None.
 
     Args:
       reference: what `.remote()` gave.
       deadline: of `time.monotonic`.
+      check: called about twice a second; what it raises is not caught.
     """
     import ray
 
-    try:
-        ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
-    except Exception as error:  # the engine's own, its process's, its machine's, or time is up
-        return error
-    return None
+    while True:
+        check()
+        left = deadline - time.monotonic()
+        try:
+            ray.get(reference, timeout=min(max(0.0, left), POLL_SECONDS))
+            return None
+        except ray.exceptions.GetTimeoutError as error:
+            if left <= POLL_SECONDS:
+                return error
+        except Exception as error:  # the engine's own, its process's, its machine's
+            return error
