@@ -90,7 +90,7 @@ class VllmConfig:
     tensor_parallel: int = 1
     """Devices of an engine, which share its weights."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What engines run on; auto takes GPUs where the cluster has any."""
+    """What engines run on; auto takes GPUs where the cluster has any when the run starts."""
     cpus: int = 2
     """CPU cores that an engine reserves; a CPU engine computes with as many threads."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

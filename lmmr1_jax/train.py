@@ -148,6 +148,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stop.check()
                 with watch("rollout"):
                     rollouts = batches.next(done)
+                    policy.sampler.rest()
                 stop.check()
                 with watch("score"):
                     rollouts = step.score(rollouts)

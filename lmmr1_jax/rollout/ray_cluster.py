@@ -23,6 +23,9 @@ INSTALL_HINT = (
     "build of torch)"
 )
 POLL_SECONDS = 0.2
+LISTEN_ELSEWHERE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""At 0 Ray keeps to localhost, on Linux too. Otherwise it listens on all interfaces and takes 127.0.0.1, when told it
+as an address, for the machine's outer one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,8 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if config.address and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray does so itself, but not for an address that it is told
+    if not config.address or config.address.rpartition(":")[0] in ("localhost", "127.0.0.1"):
+        os.environ.setdefault(LISTEN_ELSEWHERE, "0")  # read when Ray is imported
     try:
         import ray
     except ImportError:

@@ -325,7 +325,7 @@ def _on_gpu(config: TrainConfig) -> bool:
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
-    if config.vllm.device == "gpu" and not gpus:
+    if config.vllm.device == "gpu" and not gpus and not config.ray.address:  # nodes may still be coming
         raise UserError("vllm.device is gpu, but the Ray cluster has no GPU")
     return bool(gpus) if config.vllm.device == "auto" else config.vllm.device == "gpu"
 
