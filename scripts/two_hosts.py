@@ -149,7 +149,7 @@ def _result(name: str, scenario: Scenario, out: Path, seconds: float, cut_second
         "steps": summary["steps"],
         "accuracy": round(summary["evaluation"]["after"]["accuracy"], 3),
         "gap/mean max": max(step["gap/mean"] for step in steps),
-        "replaced": len(re.findall(r"engine \d+ is replaced", (out / "learner.log").read_text())),
+        "replaced": len(re.findall(r"vLLM engine \d+.* is replaced", (out / "learner.log").read_text())),
         "seconds": round(seconds, 1),
         "sync": round(summary["seconds"]["sync"], 2),
         "cut": longest,
