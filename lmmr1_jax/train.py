@@ -148,11 +148,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stop.check()
                 with watch("rollout"):
                     rollouts = batches.next(done)
-                    policy.sampler.rest()
                 stop.check()
                 with watch("score"):
                     rollouts = step.score(rollouts)
                 rollouts = step.replace_equal(rollouts, feeder.take, done, watch)
+                policy.sampler.rest()
                 with watch("score"):
                     minibatches = step.prepare(rollouts, state.params)
                 stop.check()

@@ -23,9 +23,6 @@ INSTALL_HINT = (
     "build of torch)"
 )
 POLL_SECONDS = 0.2
-LISTEN_ELSEWHERE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""At 0 Ray keeps to localhost, on Linux too. Otherwise it listens on all interfaces and takes 127.0.0.1, when told it
-as an address, for the machine's outer one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +66,6 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if config.address and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray does so itself, but not for an address that it is told
-    if not config.address or config.address.rpartition(":")[0] in ("localhost", "127.0.0.1"):
-        os.environ.setdefault(LISTEN_ELSEWHERE, "0")  # read when Ray is imported
     try:
         import ray
     except ImportError:
@@ -78,15 +73,16 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
     if not config.address and importlib.util.find_spec("vllm") is None:
         raise UserError(f"rollout.sampler vllm needs vLLM, which is not installed: {INSTALL_HINT}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    if config.address:
-        _refuse_unreachable(config)
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    at_home = not config.address or config.address.rpartition(":")[0] in ("127.0.0.1", "localhost")
     try:
-        if config.address:
-            ray.init(address=config.address, **quiet)
-        else:
-            with _visible_devices(config.devices), _on_localhost():
-                ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        with _on_localhost() if at_home else contextlib.nullcontext():
+            if config.address:
+                _refuse_unreachable(config)
+                ray.init(address=config.address, **quiet)
+            else:
+                with _visible_devices(config.devices):
+                    ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
         raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
@@ -138,22 +134,26 @@ def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: fl
 
 def _refuse_unreachable(config: RayConfig) -> None:
     """Ray itself waits for minutes for an address that does not answer, or that something else answers at."""
+    deadline = time.monotonic() + config.timeout
     if config.address != "auto":
-        _await_listener(config)
+        _await_listener(config, deadline)
     # A process can be given up, a call into Ray can't; and what Ray's libraries write by themselves stays there.
     command = [sys.executable, "-c", _JOIN, config.address]
-    try:
-        joined = subprocess.run(command, capture_output=True, text=True, timeout=config.timeout)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"ray.address {config.address} does not answer as a Ray cluster within ray.timeout, {config.timeout:g} s"
-        ) from None
-    if joined.returncode:
-        lines = (joined.stdout.strip() or joined.stderr.strip() or f"status {joined.returncode}").splitlines()
-        raise UserError(
-            f"ray.address {config.address} can't be used: {lines[-1][:300]} (with {'a' if _has_token() else 'no'} "
-            "token, see scripts/ray_head.sh; this machine must be a node of the cluster and have its version of Ray)"
-        )
+    said = "it does not answer as a Ray cluster"
+    while (left := deadline - time.monotonic()) > 0:  # this machine's own node may come later than the head
+        try:
+            joined = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            break
+        if not joined.returncode:
+            return
+        said = (joined.stdout.strip() or joined.stderr.strip() or f"status {joined.returncode}").splitlines()[-1]
+        time.sleep(POLL_SECONDS)
+    raise UserError(
+        f"ray.address {config.address} can't be used within ray.timeout, {config.timeout:g} s: {said[:300]} (with "
+        f"{'a' if _has_token() else 'no'} token, see scripts/ray_head.sh; this machine must be a node of the cluster "
+        "and have its version of Ray)"
+    )
 
 
 _JOIN = """
@@ -166,7 +166,7 @@ except Exception as error:
 """
 
 
-def _await_listener(config: RayConfig) -> None:
+def _await_listener(config: RayConfig, deadline: float) -> None:
     """Until somebody listens at the address: a head node may start a moment later than the run."""
     if "://" in config.address:
         raise UserError(
@@ -176,7 +176,6 @@ def _await_listener(config: RayConfig) -> None:
     host, _, port = config.address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"ray.address is {config.address!r}; it must be HOST:PORT, or auto")
-    deadline = time.monotonic() + config.timeout
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=min(5.0, config.timeout)).close()
@@ -195,7 +194,8 @@ def _has_token() -> bool:
 
 @contextlib.contextmanager
 def _on_localhost() -> Iterator[None]:
-    """A cluster that is started inside binds to the loopback interface alone, as Ray's clusters do on a laptop.
+    """A cluster that is started inside binds to the loopback interface alone, as Ray's clusters do on a laptop, and one
+    that does so is found there.
 
     Ray has no argument for it: 127.0.0.1 as the node's address it takes for a mistake, and looks for another.
     """
