@@ -90,9 +90,24 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         for number, handler in handlers.items():  # Ray takes SIGTERM for itself
             signal.signal(number, handler)
     try:
-        yield
+        with _no_chatter():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _no_chatter() -> Iterator[None]:
+    """Ray's pages on a process or a machine that died, which `log_to_driver` does not keep away, stay unprinted; the
+    fleet says it in a line."""
+    from ray._private import worker
+
+    before = worker._worker_logs_enabled
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
 
 
 @contextlib.contextmanager

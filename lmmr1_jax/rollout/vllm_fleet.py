@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -490,9 +491,11 @@ def _reason(error: BaseException) -> str:
         return "it does not answer (vllm.sync_timeout)"
     if isinstance(cause, ActorUnavailableError):
         return "its process can't be reached"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if isinstance(cause, ActorDiedError):
-        if "node" in text and "dead" in text or "node has died" in text:
+        if "its node has died" in text:
             return "its machine is gone"
-        return f"its process died: {lines[-1][:300]}"
-    return f"{type(cause).__name__}: {lines[0][:300] if lines else 'no message'}"
+        if "creation task" not in text:
+            return "its process died"
+        # A traceback; the exception's own words stand behind the last of its indented lines.
+        return " ".join(re.split(r"^\s.*\n", text, flags=re.MULTILINE)[-1].split())[:300]
+    return f"{type(cause).__name__}: {' '.join(text.split())[:300] or 'no message'}"
