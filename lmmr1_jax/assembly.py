@@ -28,8 +28,9 @@ from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.rewards.choice import check_sources, choose, readable
 from lmmr1_jax.rewards.client import ServerSource
 from lmmr1_jax.rewards.functions import FunctionSource
+from lmmr1_jax.rewards.model_source import open_model
 from lmmr1_jax.rewards.sources import Rewards, RewardSource, RuleSource
-from lmmr1_jax.rewards.specs import read_functions, read_servers
+from lmmr1_jax.rewards.specs import read_functions, read_models, read_servers
 from lmmr1_jax.rewards.verifier import Verifier
 from lmmr1_jax.rollout.jax_sampler import JaxSampler
 from lmmr1_jax.rollout.ray_cluster import connected
@@ -173,9 +174,7 @@ def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifi
     return readable(prompts, verifier, skips)
 
 
-def build_rewards(
-    config: TrainConfig, processor: Processor, verifier: Verifier, interrupt: Callable[[], None]
-) -> Rewards:
+def build_rewards(config: TrainConfig, policy: Policy, verifier: Verifier, interrupt: Callable[[], None]) -> Rewards:
     """All that judges completions, started; `interrupt` is called while a server is waited for and may raise."""
     with contextlib.ExitStack() as started:
         sources: list[RewardSource] = [RuleSource(verifier)]
@@ -183,8 +182,18 @@ def build_rewards(
             sources.append(FunctionSource(spec, config.rewards))
             started.callback(sources[-1].close)
         sources += [ServerSource(spec, config.rewards, interrupt) for spec in read_servers(config.rewards)]
+        for spec in read_models(config.rewards):
+            model = open_model(
+                spec,
+                policy.processor,
+                policy.mesh,
+                compute_dtype=policy.network.compute_dtype,
+                learner=config.learner,
+                max_new_tokens=config.rollout.max_new_tokens,
+            )
+            sources.append(model)
         started.pop_all()  # `Rewards` closes them from here on
-    return Rewards(sources, processor.decode, on_error=config.rewards.on_error)
+    return Rewards(sources, policy.processor.decode, on_error=config.rewards.on_error)
 
 
 def try_rewards(rewards: Rewards, prompts: list[Prompt], processor: Processor, completions: int) -> None:

@@ -168,8 +168,11 @@ class RewardsConfig:
     """How often a request is made before its completions are given up."""
     url_wait: float = 1.0
     """Seconds before the second try; twice as long before each further one, up to a minute."""
+    models: tuple[str, ...] = ()
+    """Reward models, each [NAME=]FOLDER[*WEIGHT]: Hugging Face folders of Qwen2, Qwen2-VL or Qwen2.5-VL with a score
+    head and the policy's tokenizer."""
     on_error: Literal["stop", "zero"] = "stop"
-    """When a function or server fails: `stop` ends the run with a checkpoint to resume from; `zero` lets the
+    """When a function, server or model fails: `stop` ends the run with a checkpoint to resume from; `zero` lets the
     completions concerned earn 0, counted in `reward/faults`. The rules' own faults always earn 0."""
 
 

@@ -23,16 +23,13 @@ from lmmr1_jax.algorithms.overlong import with_overlong_penalty
 from lmmr1_jax.assembly import Policy
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.data.packing import PackShapes, gather, grow, pack, plan_shapes, scatter
-from lmmr1_jax.data.shapes import TOKENS_PER_DEVICE
+from lmmr1_jax.data.shapes import tokens_per_device
 from lmmr1_jax.learner.sharding import row_shards
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.rollout.dynamic import replace_equal_groups
 from lmmr1_jax.rollout.jax_sampler import sampling_key
 from lmmr1_jax.types import EncodedPrompt, PackedBatch, Rollout
-
-CPU_TOKENS = 3072
-"""Row tokens of a micro-batch on a CPU, where nothing is gained by more and memory is."""
 
 Judge = Callable[[Sequence[Rollout]], list[Rollout]]
 
@@ -203,7 +200,7 @@ class Step:
                 vision=vision,
                 minibatch_groups=max(len(groups) for groups in minibatches),
                 row_devices=row_shards(self.policy.mesh),
-                tokens_per_device=CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS_PER_DEVICE,
+                tokens_per_device=tokens_per_device(),
             )
         for groups in minibatches:
             self.shapes = grow(self.shapes, groups, vision)

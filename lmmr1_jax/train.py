@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Raises:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
       SamplerLost: no vLLM engine is left; a checkpoint has been written.
-      RewardFailed: a reward function or server failed and `rewards.on_error` is "stop"; a checkpoint has been written.
+      RewardFailed: a source of rewards failed and `rewards.on_error` is "stop"; a checkpoint has been written.
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
     """
     share_devices(config.vllm)
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         policy = open_parts.enter_context(
             assembly.open_policy(config, resumed_at=max(written, default=0), check=stop.check)
         )
-        rewards = open_parts.enter_context(assembly.build_rewards(config, policy.processor, verifier, stop.check))
+        rewards = open_parts.enter_context(assembly.build_rewards(config, policy, verifier, stop.check))
         prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
         assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         probe = GapProbe(config, policy, learner) if config.rollout.staleness else None
 
         # Where the run stands: `done` steps lie behind it, and these parts remember something between steps.
-        remembering = {"batches": batches, "held_out": held_out, "shapes": step, "gap": gap}
+        remembering = {"batches": batches, "held_out": held_out, "shapes": step, "gap": gap, "rewards": rewards}
         if resumes:
             done, state, memory = checkpoints.restore_newest(learner.abstract_state())
             for name, part in remembering.items():

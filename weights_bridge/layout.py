@@ -9,7 +9,10 @@ nested dict; the layers of a stack share one leaf, stacked on axis 0:
     ...
 
 Names in the table are those of the checkpoints on the hub (`visual.*`, `model.*`, `lm_head.weight`);
-`canonical_name` brings the newer spelling (`model.visual.*`, `model.language_model.*`) to them.
+`canonical_name` brings the newer spelling (`model.visual.*`, `model.language_model.*`) and that of a base model saved
+by itself (`visual.*`, `language_model.*`) to them.
+
+A reward model has the same table with `score.weight` instead of the head over the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,7 +30,10 @@ from weights_bridge.errors import CheckpointError
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen2_vl", "qwen2_5_vl")
 EMBEDDING_NAME = "model.embed_tokens.weight"
 HEAD_NAME = "lm_head.weight"
+SCORE_NAME = "score.weight"
 
+Head = Literal["tokens", "score"]
+"""What the hidden states end in: logits over the vocabulary, or a reward model's one number."""
 LeafPath = tuple[str, ...]
 Axes = tuple[str | None, ...]
 
@@ -97,11 +103,12 @@ class Leaf:
     entries: tuple[Entry, ...]
 
 
-def layout(config: Mapping[str, Any]) -> tuple[Entry, ...]:
+def layout(config: Mapping[str, Any], head: Head = "tokens") -> tuple[Entry, ...]:
     """The table for a model.
 
     Args:
       config: the contents of `config.json`, with the text model's fields at the top (old) or under `text_config`.
+      head: "score" for a reward model, which has `score/kernel` [D, 1] and no head over the vocabulary.
 
     Raises:
       CheckpointError: for a model type that is not supported or a field that is missing.
@@ -111,9 +118,14 @@ def layout(config: Mapping[str, Any]) -> tuple[Entry, ...]:
         raise CheckpointError(
             f"model_type {model_type!r} in config.json is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    entries = list(_text_entries(_text_config(config), tied=is_tied(config)))
+    text = _text_config(config)
+    entries = list(_text_entries(text, with_head=head == "tokens" and not is_tied(config)))
     if model_type != "qwen2":
         entries += _vision_entries(model_type, _field(config, "vision_config"))
+    if head == "score":
+        width = _size(text, "hidden_size")
+        transform = Transform((1, width), (1, 0))
+        entries.append(Entry(SCORE_NAME, ("score", "kernel"), None, transform, (1, width), (width, 1), ("embed", None)))
     return tuple(entries)
 
 
@@ -161,11 +173,12 @@ def lookup(tree: Mapping[str, Any], path: LeafPath) -> Any:
 
 
 def canonical_name(name: str) -> str:
-    """A tensor's name as the checkpoints on the hub have it, from either spelling."""
+    """A tensor's name as the checkpoints on the hub have it, from any spelling."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
+    for prefix in ("model.language_model.", "language_model."):
+        if name.startswith(prefix):
+            return "model." + name.removeprefix(prefix)
     return name
 
 
@@ -194,7 +207,7 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_layout(folder: str | Path) -> tuple[Entry, ...]:
+def read_layout(folder: str | Path, head: Head = "tokens") -> tuple[Entry, ...]:
     """The table for the model in a Hugging Face folder.
 
     Raises:
@@ -202,12 +215,12 @@ def read_layout(folder: str | Path) -> tuple[Entry, ...]:
     """
     config = read_model_config(folder)
     try:
-        return layout(config)
+        return layout(config, head)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def _text_entries(text: Mapping[str, Any], *, tied: bool) -> Iterator[Entry]:
+def _text_entries(text: Mapping[str, Any], *, with_head: bool) -> Iterator[Entry]:
     width, layers = _size(text, "hidden_size"), _size(text, "num_hidden_layers")
     feed, vocab = _size(text, "intermediate_size"), _size(text, "vocab_size")
     heads = _size(text, "num_attention_heads")
@@ -229,7 +242,7 @@ def _text_entries(text: Mapping[str, Any], *, tied: bool) -> Iterator[Entry]:
         yield stack.kernel("mlp.up_proj.weight", "up/kernel", width, feed, ("embed", "mlp"))
         yield stack.kernel("mlp.down_proj.weight", "down/kernel", feed, width, ("mlp", "embed"))
     yield _plain("model.norm.weight", "language/norm/scale", (width,), (None,))
-    if not tied:
+    if with_head:
         yield _plain(HEAD_NAME, "language/head/embedding", (vocab, width), ("vocab", "embed"))
 
 

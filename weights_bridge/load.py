@@ -16,8 +16,10 @@ from weights_bridge.host_memory import aligned_empty, copy_blocks
 from weights_bridge.layout import (
     EMBEDDING_NAME,
     HEAD_NAME,
+    SCORE_NAME,
     Axes,
     Entry,
+    Head,
     Leaf,
     LeafPath,
     canonical_name,
@@ -35,7 +37,9 @@ _INDEX_FILE = "model.safetensors.index.json"
 _NAMES_SHOWN = 20
 
 
-def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any = np.float32) -> dict[str, Any]:
+def load(
+    folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any = np.float32, head: Head = "tokens"
+) -> dict[str, Any]:
     """Read a checkpoint into the parameter tree.
 
     The files are mapped, not read: a device's part of a leaf is filled straight from the pages that hold it. On the
@@ -46,6 +50,7 @@ def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any =
       folder: a Hugging Face folder: config.json with model.safetensors, or with shards and their index.
       sharding_of: path, shape and logical axes of a leaf -> its sharding; None puts all on the first device.
       dtype: of the leaves. float32 holds float16 and bfloat16 sources exactly.
+      head: "score" for a reward model; a head over the vocabulary that its folder has as well is not read.
 
     Returns:
       A nested dict of jax.Array.
@@ -54,8 +59,8 @@ def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any =
       CheckpointError: when a file is missing or cut short, or tensors are missing, unexpected or mis-shaped.
     """
     folder = Path(folder)
-    entries = read_layout(folder)
-    stored = {canonical_name(name): tensor for name, tensor in read_stored(folder).items()}
+    entries = read_layout(folder, head)
+    stored = {canonical_name(name): tensor for name, tensor in read_stored(folder, head).items()}
     if sharding_of is None:
         single = SingleDeviceSharding(jax.local_devices()[0])
         sharding_of = lambda path, shape, axes: single  # noqa: E731
@@ -65,7 +70,7 @@ def load(folder: str | Path, sharding_of: ShardingOf | None = None, dtype: Any =
     return nest(flat)
 
 
-def read_stored(folder: str | Path) -> dict[str, StoredTensor]:
+def read_stored(folder: str | Path, head: Head = "tokens") -> dict[str, StoredTensor]:
     """The folder's tensors by the names it gives them, checked against its config.json.
 
     Computed buffers of old checkpoints are left out. A tied checkpoint may hold its head as well, if it is the
@@ -75,7 +80,7 @@ def read_stored(folder: str | Path) -> dict[str, StoredTensor]:
       CheckpointError: as `load`.
     """
     folder = Path(folder)
-    entries = read_layout(folder)
+    entries = read_layout(folder, head)
     stored = {}
     for file in _files(folder):
         for name, tensor in read_header(file).items():
@@ -122,7 +127,8 @@ def _check(folder: Path, entries: Sequence[Entry], stored: dict[str, StoredTenso
     unexpected = [name for canonical, name in names.items() if canonical not in wanted]
     if HEAD_NAME not in wanted and HEAD_NAME in names:
         unexpected.remove(HEAD_NAME)
-        if EMBEDDING_NAME in names and not _equal_bits(stored[HEAD_NAME], stored[names[EMBEDDING_NAME]]):
+        is_tied = SCORE_NAME not in wanted and EMBEDDING_NAME in names
+        if is_tied and not _equal_bits(stored[HEAD_NAME], stored[names[EMBEDDING_NAME]]):
             faults.append(f"{HEAD_NAME} differs from the embedding although config.json ties them")
     misshaped = [
         f"{names[name]} {_shape(stored[names[name]].shape)} for {_shape(entry.shape)}"

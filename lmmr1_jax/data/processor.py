@@ -63,7 +63,7 @@ class Processor:
         """
         folder = Path(model_folder)
         self.config: ModelConfig = read_config(folder)
-        self.tokenizer = _read_tokenizer(folder)
+        self.tokenizer = read_tokenizer(folder)
         self._template = _read_chat_template(folder, self.tokenizer)
         self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
         self.max_prompt_tokens = max_prompt_tokens
@@ -77,7 +77,7 @@ class Processor:
         if self.config.vision is not None:
             if vocabulary.get("<|image_pad|>") != self._image_id:
                 raise UserError(f"{folder}: the tokenizer's <|image_pad|> is not the config's image_token_id")
-            self.format = _read_picture_format(folder, self.config, min_pixels, max_pixels)
+            self.format = read_picture_format(folder, self.config, min_pixels, max_pixels)
         root = Path(picture_root) if picture_root else None
         if root is not None and not root.is_dir():
             raise UserError(f"data.picture_root: {root} is not a folder")
@@ -164,7 +164,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder; raises UserError where it can't be read."""
     # transformers would say on stderr that it has no torch, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import
@@ -204,8 +205,12 @@ def _read_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     raise UserError(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
 
 
-def _read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> PictureFormat:
-    """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller."""
+def read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> PictureFormat:
+    """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller.
+
+    Raises:
+      UserError: it cuts pictures into other patches than the model's, or the limits make no sense.
+    """
     raw = _read_json(folder / "preprocessor_config.json")
     raw = raw or _read_json(folder / "processor_config.json").get("image_processor") or {}
     defaults, vision = PictureFormat(), config.vision

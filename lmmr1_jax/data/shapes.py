@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from lmmr1_jax.config import LearnerConfig
@@ -22,6 +23,8 @@ LONGEST_ROW = 4096
 """A row is planned longer than this only for a prompt with a completion that are."""
 TOKENS_PER_DEVICE = 4096
 """Row tokens of a micro-batch on each device, if rows are not longer than this."""
+CPU_TOKENS = 3072
+"""The same on a CPU, where nothing is gained by more and memory is."""
 _UNLIMITED = 1 << 40
 _TYPICAL_WIDTH = 1024
 _SAMPLE = 64  # groups that row lengths are tried on
@@ -125,6 +128,11 @@ def grow(shapes: PackShapes, groups: Sequence[Rollout], vision: VisionConfig | N
     if used > shapes.micro_batches:
         shapes = dataclasses.replace(shapes, micro_batches=_significant(used))
     return shapes
+
+
+def tokens_per_device() -> int:
+    """A micro-batch's row tokens on each of the devices that JAX has here."""
+    return CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS_PER_DEVICE
 
 
 def round_up(size: int) -> int:

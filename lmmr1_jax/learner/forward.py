@@ -1,4 +1,5 @@
-"""A micro-batch through the model: from tokens and patches to policy log-probs of the completion tokens."""
+"""A micro-batch through the model: from tokens and patches to hidden states, and to policy log-probs of the
+completion tokens."""
 
 from __future__ import annotations
 
@@ -56,10 +57,7 @@ def response_log_probs(
       mesh: where rows are split.
     """
     model = network.bind(params)
-    features = None if micro.vision is None else _picture_features(model, micro.vision, mesh)
-    embedded = constrain_rows(model.embed(micro.tokens, micro.picture_slots, features), mesh)
-    hidden = model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids)
-    hidden = constrain_rows(hidden, mesh)
+    hidden = hidden_states(model, micro, mesh)
     response = jax.vmap(lambda row, source: row[source])(hidden, micro.source)
     head = model.head_embedding()
     if mesh.size > 1:
@@ -74,6 +72,13 @@ def response_log_probs(
         temperature=policy.temperature,
         chunk=policy.chunk,
     )
+
+
+def hidden_states(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
+    """Final hidden states of a micro-batch's rows, pictures in their places; `model` is a bound `Transformer`."""
+    features = None if micro.vision is None else _picture_features(model, micro.vision, mesh)
+    embedded = constrain_rows(model.embed(micro.tokens, micro.picture_slots, features), mesh)
+    return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
 
 
 def _picture_features(model: Any, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.rewards.pool import Fault
@@ -91,6 +91,21 @@ class RewardSource(Protocol):
         ...
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """A source that remembers something between steps, which a resumed run must go on with."""
+
+    name: str
+
+    def state(self) -> dict[str, Any] | None:
+        """What it remembers, as JSON can hold it."""
+        ...
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Back to `state`."""
+        ...
+
+
 class RuleSource:
     """The rules: accuracy and format. Leaves the verifier open: the evaluation uses it too."""
 
@@ -162,6 +177,16 @@ class Rewards:
             dataclasses.replace(rollout, rewards=tuple(map(combine, zip(*theirs, strict=True))))
             for rollout, theirs in zip(rollouts, zip(*verdicts, strict=True), strict=True)
         ]
+
+    def state(self) -> dict[str, Any]:
+        """What the sources remember, by their names."""
+        return {source.name: source.state() for source in self.sources if isinstance(source, Remembering)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Back to `state`."""
+        for source in self.sources:
+            if isinstance(source, Remembering):
+                source.restore(state.get(source.name))
 
     def warnings(self) -> list[str]:
         """What has gone wrong since the last call, each kind of it told once in a run."""

@@ -1,7 +1,8 @@
-"""What a config says of reward functions and servers, read and checked before anything is loaded.
+"""What a config says of reward functions, servers and models, read and checked before anything is loaded.
 
     "length=rewards/length.py:reward_func*0.5"      [NAME=]FILE.py[:FUNCTION][*WEIGHT]
     "http://a:5000/get_reward,http://b:5000/get_reward"     [NAME=]URL[,URL...][*WEIGHT]
+    "helpful=models/reward*2"                       [NAME=]FOLDER[*WEIGHT]
 """
 
 from __future__ import annotations
@@ -42,6 +43,15 @@ class ServerSpec:
     urls: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A reward model: its name among the metrics, its weight, and its Hugging Face folder."""
+
+    name: str
+    weight: float
+    folder: str
+
+
 def read_functions(config: RewardsConfig) -> list[FunctionSpec]:
     """The functions of `rewards.functions`.
 
@@ -58,7 +68,7 @@ def read_functions(config: RewardsConfig) -> list[FunctionSpec]:
             raise UserError(f"rewards.functions: {file}: there is no such file")
         if function and not function.isidentifier():
             raise UserError(f"rewards.functions: {entry!r}: {function!r} is no name of a function")
-        specs.append(FunctionSpec(name or re.sub(r"[^A-Za-z0-9_-]", "_", Path(file).stem), weight, file, function))
+        specs.append(FunctionSpec(name or _as_name(Path(file).stem), weight, file, function))
     return specs
 
 
@@ -84,6 +94,21 @@ def read_servers(config: RewardsConfig) -> list[ServerSpec]:
     return specs
 
 
+def read_models(config: RewardsConfig) -> list[ModelSpec]:
+    """The reward models of `rewards.models`.
+
+    Raises:
+      UserError: an entry can't be read, or its folder is no Hugging Face folder.
+    """
+    specs = []
+    for entry in config.models:
+        name, folder, weight = _split("models", entry, "[NAME=]FOLDER[*WEIGHT]")
+        if not (Path(folder) / "config.json").is_file():
+            raise UserError(f"rewards.models: {folder}: there is no Hugging Face folder (no config.json)")
+        specs.append(ModelSpec(name or _as_name(Path(folder).resolve().name), weight, folder))
+    return specs
+
+
 def check_names(names: Iterable[str]) -> None:
     """Raises UserError where two sources, or a source and a figure of our own, would share a metric."""
     seen = set(RESERVED)
@@ -96,7 +121,11 @@ def check_names(names: Iterable[str]) -> None:
 def check_rewards(config: RewardsConfig) -> None:
     """All that can be known of a run's rewards from its config and the file system; raises UserError."""
     by_source(config)
-    check_names(spec.name for spec in (*read_functions(config), *read_servers(config)))
+    check_names(spec.name for spec in (*read_functions(config), *read_servers(config), *read_models(config)))
+
+
+def _as_name(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)
 
 
 def _split(field: str, entry: str, form: str) -> tuple[str, str, float]:
