@@ -45,7 +45,7 @@ MBIT = 200
 CUT_STEP, CUT_SECONDS = 4, 10.0
 WIDE = 8192
 """Intermediate size of the larger model: 9.8 M parameters, 39 MB in float32, 1.6 s at 200 Mbit/s."""
-WIDE_SETTINGS = ("--rollout.prompts", "16")
+WIDE_SETTINGS = ("--rollout.prompts", "8", "--eval.size", "128")
 
 
 @dataclasses.dataclass(frozen=True)
