@@ -11,6 +11,7 @@ scripts/ray_sampler.sh in an environment without JAX (requirements-sampler.txt).
     limited      200 Mbit/s
     cut_rollout  the link is down for 10 s while an engine samples
     cut_sync     200 Mbit/s, a larger model, and the link is down for 10 s while its weights are sent
+    cut_long     the link is down for 75 s while an engine samples: Ray gives the sampler's node up, and it joins anew
 
 Everything is gone afterwards, also when the script fails or is interrupted; `kill -9` of the script ends the hosts'
 processes, and the next start removes the networks that it left.
@@ -42,7 +43,7 @@ PREFIX = "lmmr1-"
 ADDRESSES = {"learner": "10.99.77.1", "sampler": "10.99.77.2"}
 PORT = 6379
 MBIT = 200
-CUT_STEP, CUT_SECONDS = 4, 10.0
+CUT_STEP = 4
 WIDE = 8192
 """Intermediate size of the larger model: 9.8 M parameters, 39 MB in float32, 1.6 s at 200 Mbit/s."""
 WIDE_SETTINGS = ("--rollout.prompts", "8", "--eval.size", "128")
@@ -50,10 +51,12 @@ WIDE_SETTINGS = ("--rollout.prompts", "8", "--eval.size", "128")
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """What happens to the link: its limit, and in which phase of a step it is cut (`time/PHASE` tells afterwards)."""
+    """What happens to the link: its limit, in which phase of a step it is cut (`time/PHASE` tells afterwards), and for
+    how long."""
 
     limited: bool = False
     cut: str = ""
+    seconds: float = 10.0
     wide: bool = False
 
 
@@ -62,6 +65,7 @@ SCENARIOS = {
     "limited": Scenario(limited=True),
     "cut_rollout": Scenario(cut="rollout"),
     "cut_sync": Scenario(limited=True, cut="sync", wide=True),
+    "cut_long": Scenario(cut="rollout", seconds=75.0),
 }
 
 
@@ -71,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/two_hosts"), help="a folder per scenario goes here")
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--cut-seconds", type=float, default=CUT_SECONDS)
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for a scenario")
     parser.add_argument("settings", nargs="*", help="flags of lmmr1_jax.train, after --")
     arguments = parser.parse_args(argv)
@@ -125,16 +128,16 @@ def run_scenario(name: str, arguments: argparse.Namespace) -> None:
             if scenario.cut and cut_at is None and len(steps) >= CUT_STEP:
                 _wait_for(scenario.cut, steps[-1], names["learner"], model_bytes)
                 cut_at = time.monotonic() - begun
-                cut(names["sampler"], arguments.cut_seconds)
+                cut(names["sampler"], scenario.seconds)
             time.sleep(0.05)
         seconds = time.monotonic() - begun
     if learner.returncode:
         raise RuntimeError(f"{name} ended with status {learner.returncode}: {_tail(log)}")
-    result = _result(name, scenario, out, seconds, arguments.cut_seconds)
+    result = _result(name, scenario, out, seconds)
     (out / "result.json").write_text(json.dumps(result))
 
 
-def _result(name: str, scenario: Scenario, out: Path, seconds: float, cut_seconds: float) -> dict[str, object]:
+def _result(name: str, scenario: Scenario, out: Path, seconds: float) -> dict[str, object]:
     steps = _lines(out / "run" / "metrics.jsonl")
     summary = json.loads((out / "run" / "summary.json").read_text())
     longest = ""
@@ -142,7 +145,7 @@ def _result(name: str, scenario: Scenario, out: Path, seconds: float, cut_second
         # The step that the cut fell in, by the phase it was aimed at.
         struck = max(steps[CUT_STEP - 1 : CUT_STEP + 2], key=lambda step: step[f"time/{scenario.cut}"])
         longest = f"{scenario.cut} of step {struck['step']} took {struck[f'time/{scenario.cut}']:.1f} s"
-        if struck[f"time/{scenario.cut}"] < cut_seconds:
+        if struck[f"time/{scenario.cut}"] < scenario.seconds:
             raise RuntimeError(f"{name}: the cut missed its phase: {longest}")
     return {
         "scenario": name,
