@@ -23,6 +23,8 @@ INSTALL_HINT = (
     "build of torch)"
 )
 POLL_SECONDS = 0.2
+_ELSEWHERE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for listening on more than localhost, on Linux too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +66,30 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         del os.environ["RAY_ADDRESS"]  # the config alone says where
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if config.address and _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray does so itself, but not for an address that it is told
-    try:
-        import ray
-    except ImportError:
-        raise UserError(f"rollout.sampler vllm needs Ray, which is not installed: {INSTALL_HINT}") from None
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(f"rollout.sampler vllm needs Ray, which is not installed: {INSTALL_HINT}")
     if not config.address and importlib.util.find_spec("vllm") is None:
         raise UserError(f"rollout.sampler vllm needs vLLM, which is not installed: {INSTALL_HINT}")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     at_home = not config.address or config.address.rpartition(":")[0] in ("127.0.0.1", "localhost")
-    try:
-        with _on_localhost() if at_home else contextlib.nullcontext():
+    with _on_localhost() if at_home else contextlib.nullcontext():
+        if config.address:
+            os.environ["RAY_AUTH_MODE"] = _try_to_join(config)
+        import ray  # which reads its environment now
+
+        try:
             if config.address:
-                _refuse_unreachable(config)
                 ray.init(address=config.address, **quiet)
             else:
                 with _visible_devices(config.devices):
                     ray.init(address="local", num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-        where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
-        raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        for number, handler in handlers.items():  # Ray takes SIGTERM for itself
-            signal.signal(number, handler)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
+            raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
+        finally:
+            for number, handler in handlers.items():  # Ray takes SIGTERM for itself
+                signal.signal(number, handler)
     try:
         with _no_chatter():
             yield
@@ -122,7 +123,6 @@ def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: fl
     Raises:
       UserError: the cluster has no such room, now or at all.
     """
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     selector = {}
@@ -131,15 +131,9 @@ def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: fl
         selector = {"bundle_label_selector": [{name: value}] * count}
     group = placement_group([dict(bundle)] * count, strategy="SPREAD" if count > 1 else "PACK", **selector)
     if not group.wait(timeout_seconds=timeout):
-        has, free = ray.cluster_resources(), ray.available_resources()
+        fault = _no_room(bundle, count, label)
         remove_placement_group(group)
-        needed = ", ".join(f"{amount * count:g} {name}" for name, amount in bundle.items())
-        there = ", ".join(f"{free.get(name, 0):g} of {has.get(name, 0):g} {name}" for name in bundle)
-        on = f" on nodes labelled {label}" if label else ""
-        raise UserError(
-            f"vllm.engines {count}: the cluster has no room for them; they need {needed}{on}, and free are {there} "
-            "(another run may hold the rest, or a node may lack resources that only add up over several)"
-        )
+        raise UserError(f"vllm.engines {count}: the cluster has no room for them within ray.timeout: {fault}")
     try:
         yield Places(group, dict(bundle))
     finally:
@@ -147,34 +141,71 @@ def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: fl
             remove_placement_group(group)
 
 
-def _refuse_unreachable(config: RayConfig) -> None:
-    """Ray itself waits for minutes for an address that does not answer, or that something else answers at."""
+def _no_room(bundle: Mapping[str, float], count: int, label: str) -> str:
+    """Why."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if label:
+        name, _, value = label.partition("=")
+        nodes = [node for node in nodes if node.get("Labels", {}).get(name) == value]
+        if not nodes:
+            return f"no node is labelled {label} (vllm.label)"
+    for name, amount in bundle.items():
+        most = max((node["Resources"].get(name, 0) for node in nodes), default=0)
+        if most < amount:
+            return f"an engine needs {amount:g} {name} on one node, the most that a node has is {most:g}"
+    fit = sum(int(min(node["Resources"].get(name, 0) // amount for name, amount in bundle.items())) for node in nodes)
+    if fit < count:
+        return f"it can hold {fit}"
+    free = ray.available_resources()
+    there = ", ".join(f"{free.get(name, 0):g} of {ray.cluster_resources()[name]:g} {name}" for name in bundle)
+    return f"another run holds it; free are {there}"
+
+
+def _try_to_join(config: RayConfig) -> str:
+    """How to join the cluster: Ray's mode of authentication.
+
+    Ray itself waits for minutes for an address that does not answer, or that something else answers at. It takes a
+    cluster without tokens for a cluster, when it is told to use one, and then cannot keep an actor there.
+    """
     deadline = time.monotonic() + config.timeout
     if config.address != "auto":
         _await_listener(config, deadline)
-    # A process can be given up, a call into Ray can't; and what Ray's libraries write by themselves stays there.
-    command = [sys.executable, "-c", _JOIN, config.address]
+    told = os.environ.get("RAY_AUTH_MODE")
+    modes = [told] if told else ["token", "disabled"] if _has_token() else ["disabled"]
     said = "it does not answer as a Ray cluster"
-    while (left := deadline - time.monotonic()) > 0:  # this machine's own node may come later than the head
-        try:
-            joined = subprocess.run(command, capture_output=True, text=True, timeout=left)
-        except subprocess.TimeoutExpired:
-            break
-        if not joined.returncode:
-            return
-        said = (joined.stdout.strip() or joined.stderr.strip() or f"status {joined.returncode}").splitlines()[-1]
+    while True:  # this machine's own node may come later than the head
+        for mode in modes:
+            # A process can be given up, a call into Ray can't; and what Ray's libraries write stays in it.
+            command = [sys.executable, "-c", _JOIN, config.address]
+            environment = os.environ | {"RAY_AUTH_MODE": mode}
+            try:
+                left = max(0.0, deadline - time.monotonic())
+                joined = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+            except subprocess.TimeoutExpired:
+                raise UserError(
+                    f"ray.address {config.address} can't be used within ray.timeout, {config.timeout:g} s: "
+                    f"{said[:300]} (with {'a' if _has_token() else 'no'} token, see scripts/ray_head.sh; this machine "
+                    "must be a node of the cluster and have its version of Ray)"
+                ) from None
+            if not joined.returncode:
+                return mode
+            lines = (joined.stdout.strip() or joined.stderr.strip()).splitlines()
+            said = lines[-1] if lines else f"status {joined.returncode}"
         time.sleep(POLL_SECONDS)
-    raise UserError(
-        f"ray.address {config.address} can't be used within ray.timeout, {config.timeout:g} s: {said[:300]} (with "
-        f"{'a' if _has_token() else 'no'} token, see scripts/ray_head.sh; this machine must be a node of the cluster "
-        "and have its version of Ray)"
-    )
 
 
 _JOIN = """
 import sys, ray
+
+class Guest:
+    def answer(self):
+        return True
+
 try:
     ray.init(address=sys.argv[1], log_to_driver=False, logging_level="error")
+    ray.get(ray.remote(num_cpus=0)(Guest).remote().answer.remote())
 except Exception as error:
     print(" ".join(str(error).split()) or type(error).__name__)
     sys.exit(1)
@@ -202,7 +233,8 @@ def _await_listener(config: RayConfig, deadline: float) -> None:
 
 
 def _has_token() -> bool:
-    """Whether this machine holds a token for clusters that ask for one, where Ray looks for it."""
+    """Whether this machine holds a token for clusters that ask for one, where Ray looks for it. Ray makes one by itself
+    when it first starts a cluster, so a token says nothing of a cluster."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(path)
 
@@ -214,18 +246,19 @@ def _on_localhost() -> Iterator[None]:
 
     Ray has no argument for it: 127.0.0.1 as the node's address it takes for a mistake, and looks for another.
     """
-    from ray._private import ray_constants
-
-    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    told = os.environ.get(name)
-    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for Ray's other processes, and for this one
+    told = os.environ.get(_ELSEWHERE)
+    os.environ[_ELSEWHERE] = "0"  # for Ray's processes, and for this one if it has not imported Ray yet
+    before = True
+    if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
+        before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        os.environ.pop(name)
+        if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
+            constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(_ELSEWHERE)
         if told is not None:
-            os.environ[name] = told
+            os.environ[_ELSEWHERE] = told
 
 
 @contextlib.contextmanager

@@ -274,7 +274,7 @@ class Fleet:
 
     def _hopeless(self) -> str | None:
         if len(self._given_up) == self._settings.engines:
-            return "; ".join(dict.fromkeys(self._given_up.values()))
+            return f"no vLLM engine is left: {'; '.join(dict.fromkeys(self._given_up.values()))}"
         if any(engine.info is not None and not engine.lost for engine in self._engines):
             return None
         if time.monotonic() - self._none_since > self._settings.start_timeout:
