@@ -85,6 +85,9 @@ class SmallEngine:
         if self._buckets == 2 and self._fault == "hangs":
             os.kill(os.getpid(), signal.SIGSTOP)
 
+    async def close(self) -> None:
+        """Nothing to put away."""
+
     async def finish_update(self, version: int) -> None:
         assert self._buckets == 3
         self._version, self._updating = version, False

@@ -90,11 +90,11 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         finally:
             for number, handler in handlers.items():  # Ray takes SIGTERM for itself
                 signal.signal(number, handler)
-    try:
-        with _no_chatter():
+    with _no_chatter():
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -75,6 +75,10 @@ class EngineActor:
         """See `Engine.sleep`."""
         await asyncio.wrap_future(self._engine.sleep())
 
+    async def close(self) -> None:
+        """Leaves nothing on this machine's disk; the process may then be killed."""
+        self._folder.cleanup()
+
 
 def _prepare_process(settings: EngineSettings) -> None:
     """What must hold before vLLM is first imported, here and in the processes that it starts."""

@@ -43,6 +43,8 @@ MOST_ATTEMPTS = 4
 """Engines that may fail over one request before the request is to blame."""
 SHARED_ATTEMPTS = 2
 """After so many failures a request gets an engine for itself: the next failure is nobody else's."""
+CLOSE_SECONDS = 2.0
+"""For engines to put away their files before their processes end."""
 TICK_SECONDS = 1.0
 _POLL_SECONDS = 0.5
 
@@ -246,6 +248,11 @@ class Fleet:
         """Ends all engines."""
         self._events.put(None)
         self._thread.join(timeout=30)
+        engines = [engine for engine in self._engines if engine.info is not None and not engine.lost]
+        deadline = time.monotonic() + CLOSE_SECONDS
+        with contextlib.suppress(Exception):  # what does not answer ends without a word
+            for call in [engine.handle.close.remote() for engine in engines]:
+                failure_of(call, deadline)
         for engine in self._engines:
             _kill(engine.handle)
 

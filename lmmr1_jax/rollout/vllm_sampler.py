@@ -195,7 +195,7 @@ def open_sampler(
     transport = choose_transport(config.vllm, check)
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    _leave_room(processor, raw_config, _longest_completion(config))
+    leave_room(processor, raw_config, _longest_completion(config))
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
     files.pop("model.safetensors.index.json", None)
@@ -233,7 +233,7 @@ def _longest_completion(config: TrainConfig) -> int:
     return max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
 
 
-def _leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: int) -> None:
+def leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: int) -> None:
     """Lowers the processor's limit to the prompts that vLLM would take.
 
     Raises:

@@ -1,0 +1,65 @@
+"""What a run with vLLM is told before any engine samples: prompts that leave room, an engine that can't be one."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from lmmr1_jax.assembly import TINY_MODEL
+from lmmr1_jax.config import RolloutConfig, TrainConfig
+from lmmr1_jax.data.faults import SkipPrompt
+from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.errors import UserError
+from lmmr1_jax.rollout.vllm_engine import Engine
+from lmmr1_jax.rollout.vllm_protocol import EngineUnfit
+from lmmr1_jax.rollout.vllm_sampler import engine_settings, leave_room
+from lmmr1_jax.types import Prompt
+
+POSITIONS = json.loads((TINY_MODEL / "config.json").read_text())["max_position_embeddings"]
+
+
+def test_prompts_leave_a_completion_its_room_in_the_models_positions(caplog):
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm", max_new_tokens=4000))
+    processor = Processor(TINY_MODEL, max_prompt_tokens=4096)
+    leave_room(processor, {"max_position_embeddings": POSITIONS}, 4000)
+    assert processor.max_prompt_tokens == POSITIONS - 4000
+    assert "prompts of more than 96 tokens are skipped" in caplog.text
+    assert engine_settings(config, processor, on_gpu=False, backend="none").max_model_len == POSITIONS
+    long = Prompt([{"role": "user", "content": "count " * 200}], None, "p", "test", "f", 0)
+    with pytest.raises(SkipPrompt, match="the limit is 96"):
+        processor.encode(long)
+
+
+def test_prompts_that_leave_room_are_not_touched(caplog):
+    processor = Processor(TINY_MODEL, max_prompt_tokens=1024)
+    leave_room(processor, {"text_config": {"max_position_embeddings": POSITIONS}}, POSITIONS - 1024)
+    assert processor.max_prompt_tokens == 1024 and not caplog.text
+
+
+def test_completions_as_long_as_the_model_are_refused():
+    with pytest.raises(UserError, match="max_new_tokens is 4096, but the model has only 4096 positions"):
+        leave_room(Processor(TINY_MODEL), {"max_position_embeddings": POSITIONS}, POSITIONS)
+
+
+@pytest.mark.parametrize(
+    ("modules", "words"),
+    [
+        ({"vllm": None}, "can't be imported on .*requirements-sampler.txt"),
+        ({"vllm": types.ModuleType("vllm"), "vllm.config": types.ModuleType("vllm.config")}, "vLLM 0.9 .*too old"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_an_engine_without_a_vllm_that_takes_weights_is_unfit(monkeypatch, modules, words):
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        if module is not None:
+            module.__version__ = "0.9"
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
+    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend="none")
+    engine = Engine(settings, Path(TINY_MODEL))
+    with pytest.raises(EngineUnfit, match=words):
+        engine.built.result(timeout=30)
+    with pytest.raises(EngineUnfit, match=words):
+        engine.initialise({}).result(timeout=30)
