@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from lmmr1_jax.algorithms.registry import needs_critic
 from lmmr1_jax.compilation import enable_compilation_cache
 from lmmr1_jax.config import ModelConfig, TrainConfig
+from lmmr1_jax.critic_model import build_critic, load_critic
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.feeder import PromptFeeder
 from lmmr1_jax.data.processor import Processor
@@ -23,6 +25,7 @@ from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.learner.sharding import activation_constraint, head_units, make_mesh, sharding_of
+from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.rewards.choice import check_sources, choose, readable
@@ -130,10 +133,25 @@ def compute_dtype(config: ModelConfig) -> Any:
 
 
 def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Learner:
-    """The learner of a policy."""
+    """The learner of a policy, and of its critic where the algorithm has one."""
+    critic = None
+    if needs_critic(config):
+        critic = build_critic(config, policy.processor, policy.network, policy.source, policy.mesh)
     return Learner(
-        policy.network, config, policy.mesh, policy.axes(), total_updates, banned_ids=policy.processor.banned_ids
+        policy.network,
+        config,
+        policy.mesh,
+        policy.axes(),
+        total_updates,
+        banned_ids=policy.processor.banned_ids,
+        critic=critic,
     )
+
+
+def initial_state(config: TrainConfig, policy: Policy, learner: Learner) -> TrainState:
+    """What training starts from: the checkpoint's parameters, and those of the critic where there is one."""
+    critic = learner.critic and load_critic(config, learner.critic, policy.source, policy.mesh)
+    return learner.init_state(policy.load(), critic)
 
 
 def read_data(

@@ -181,7 +181,8 @@ class AlgorithmConfig:
     """Where a field is None, the algorithm has it as its paper does: docs/algorithms.md has the table."""
 
     name: Literal[
-        "rloo", "rloo_lmm_r1", "reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "dapo", "gspo", "cispo"
+        "ppo", "rloo", "rloo_lmm_r1", "reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "dapo", "gspo",
+        "cispo",
     ] = "rloo"
     """How rewards become advantages, and what the fields below are where they are None."""
     loss: Literal["clip", "gspo", "cispo", "policy_gradient"] | None = None
@@ -208,6 +209,8 @@ class AlgorithmConfig:
     """A completion's reward, its baseline taken off, is clipped to plus and minus this, as LMM-R1 does."""
     discount: float = 1.0
     """Gamma: what a reward counts one token earlier."""
+    gae_lambda: float = 1.0
+    """Lambda of PPO's advantages: 1 goes by the rewards that came, 0 by the critic's value of the next token."""
     dynamic_sampling_rounds: int | None = None
     """DAPO's dynamic sampling: groups whose completions all earned the same are replaced by fresh prompts, for which a
     step samples at most this many further batches; 0 is off."""
@@ -233,6 +236,30 @@ class AlgorithmConfig:
     masked, set to 0 where it lies outside 1 / cap to cap."""
     importance_cap: float = 2.0
     """Cap of these weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """PPO's critic: a value for the state before every completion token, from the same tokens and pictures. What is not
+    here (Adam's decays, weight decay, minibatches, ...) is the learner's."""
+
+    backbone: Literal["own", "shared"] = "own"
+    """A model of its own, or a value head on the policy's hidden states, which one forward pass then serves."""
+    path: str = ""
+    """With a backbone of its own: the Hugging Face folder that it starts from, of a reward model (`score.weight`) or
+    of a policy; empty takes `model.path`."""
+    learning_rate: float = 9e-6
+    """Peak learning rate."""
+    warmup_ratio: float = 0.03
+    """Share of all optimizer updates over which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """The critic's gradients are scaled down to this global norm."""
+    value_clip: float = 0.2
+    """Nothing is gained by moving a value further than this from where it was at the rollout; 0 does not clip."""
+    loss_weight: float = 0.1
+    """With a shared backbone: weight of the value loss in the backbone's gradient; 0 leaves it to the policy."""
+    freezing_actor_steps: int = 0
+    """In the first so many steps the critic learns and the policy is left as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +354,7 @@ class TrainConfig:
     ray: RayConfig = RayConfig()
     rewards: RewardsConfig = RewardsConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    critic: CriticConfig = CriticConfig()
     learner: LearnerConfig = LearnerConfig()
     mesh: MeshConfig = MeshConfig()
     eval: EvalConfig = EvalConfig()

@@ -18,7 +18,8 @@ _RANGES = (
         "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
         "eval.max_new_tokens tracking.samples tracking.pictures_every algorithm.kl_coefficient algorithm.kl_target "
         "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high "
-        "algorithm.dynamic_sampling_rounds",
+        "algorithm.dynamic_sampling_rounds critic.learning_rate critic.value_clip critic.loss_weight "
+        "critic.freezing_actor_steps",
     ),
     (
         "at least 1",
@@ -33,19 +34,21 @@ _RANGES = (
         lambda value: value > 0,
         "rollout.temperature rollout.gap_warn rollout.gap_stop vllm.start_timeout vllm.sync_timeout "
         "vllm.request_timeout ray.timeout rewards.timeout rewards.function_timeout rewards.url_timeout "
-        "rewards.url_wait learner.adam_eps learner.max_grad_norm algorithm.kl_horizon algorithm.reward_clip",
+        "rewards.url_wait learner.adam_eps learner.max_grad_norm algorithm.kl_horizon algorithm.reward_clip "
+        "critic.max_grad_norm",
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
-        "learner.warmup_ratio learner.min_learning_rate_ratio algorithm.discount algorithm.overlong_share",
+        "learner.warmup_ratio learner.min_learning_rate_ratio algorithm.discount algorithm.overlong_share "
+        "algorithm.gae_lambda critic.warmup_ratio",
     ),
     ("0 or above 1", lambda value: value == 0 or value > 1, "algorithm.dual_clip"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "learner.adam_b1 learner.adam_b2"),
 )
 # Limits that may be no limit.
-_MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm")
+_MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm", "critic.max_grad_norm")
 
 
 def check_ranges(config: TrainConfig) -> None:

@@ -2,7 +2,7 @@
 
     groups = step.sample(feeder.take(P), done)      # what the policy writes
     groups = step.score(groups)                     # what it earns
-    batches = step.prepare(groups, state.params)    # advantages, and the passes they need
+    batches = step.prepare(groups, state)           # advantages, and the passes they need
     state, metrics = step.update(state, batches)    # what it learns
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from lmmr1_jax.algorithms import registry
 from lmmr1_jax.algorithms.kl import adapted_coefficient
 from lmmr1_jax.algorithms.overlong import with_overlong_penalty
+from lmmr1_jax.algorithms.ppo import critic_metrics
 from lmmr1_jax.assembly import Policy
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.data.packing import PackShapes, gather, grow, pack, plan_shapes, scatter
@@ -30,6 +31,9 @@ from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.rollout.dynamic import replace_equal_groups
 from lmmr1_jax.rollout.jax_sampler import sampling_key
 from lmmr1_jax.types import EncodedPrompt, PackedBatch, Rollout
+
+_LAST = ("learning_rate", "skipped_updates", "value/learning_rate")
+"""Metrics of which a step tells the last update's."""
 
 Judge = Callable[[Sequence[Rollout]], list[Rollout]]
 
@@ -65,7 +69,7 @@ class Step:
         self.shapes: PackShapes | None = None
         self._judge = judge
         self._forced_length = forced_length
-        self._replaced: dict[str, float] = {}
+        self._told: dict[str, float] = {}
         self._algorithm = registry.algorithm(config.algorithm.name)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
 
@@ -111,13 +115,15 @@ class Step:
         rounds = self.config.algorithm.dynamic_sampling_rounds
         if not rounds:
             return list(rollouts)
-        kept, self._replaced = replace_equal_groups(rollouts, more, rounds)
+        kept, told = replace_equal_groups(rollouts, more, rounds)
+        self._told |= told
         return kept
 
-    def prepare(self, rollouts: Sequence[Rollout], params: dict[str, Any]) -> list[PackedBatch]:
-        """The groups as minibatches, with advantages and the log-probs that the algorithm asks for.
+    def prepare(self, rollouts: Sequence[Rollout], state: TrainState) -> list[PackedBatch]:
+        """The groups as minibatches, with advantages, and the log-probs and values that the algorithm asks for.
 
-        Old and reference log-probs cost a pass each and are computed only where something reads them.
+        Old and reference log-probs and a critic's values cost a pass each and are computed only where something reads
+        them.
         """
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=self.kl_coefficient)
         minibatches = [list(part) for part in _deal(rollouts, self.config.learner.minibatches)]
@@ -126,7 +132,8 @@ class Step:
         batches = [pack(groups, self.shapes, vision, patches_of) for groups in minibatches]
         if registry.needs_old(self.config):
             batches = [
-                dataclasses.replace(batch, old_log_probs=self.learner.log_probs(params, batch)) for batch in batches
+                dataclasses.replace(batch, old_log_probs=self.learner.log_probs(state.params, batch))
+                for batch in batches
             ]
         log_ratios = None
         if self._reference is not None:
@@ -135,15 +142,21 @@ class Step:
                 for batch in batches
             ]
         if self._reference is not None and algorithm.kl_placement == "reward":
-            log_ratios = [
-                ratio
-                for batch in batches
-                for ratio in gather(
-                    batch.old_log_probs - batch.reference_log_probs, batch, int(batch.completions_total)
-                )
-            ]
+            log_ratios = _gathered([batch.old_log_probs - batch.reference_log_probs for batch in batches], batches)
         # All groups of the step together: an algorithm may normalise over the whole rollout batch.
-        judged = iter(self._algorithm.advantages(rollouts, algorithm, log_ratios))
+        if self._algorithm.critic:
+            batches = [dataclasses.replace(batch, values=self.learner.values(state, batch)) for batch in batches]
+            values = _gathered([batch.values for batch in batches], batches)
+            rollouts, returns = self._algorithm.advantages(rollouts, algorithm, log_ratios, values)
+            self._told |= critic_metrics(values, returns)
+            left = iter(returns)
+            batches = [
+                dataclasses.replace(batch, returns=scatter([next(left) for _ in range(_completions(batch))], batch))
+                for batch in batches
+            ]
+        else:
+            rollouts = self._algorithm.advantages(rollouts, algorithm, log_ratios)
+        judged = iter(rollouts)
         return [
             dataclasses.replace(
                 batch,
@@ -164,8 +177,8 @@ class Step:
                 told.append(metrics)
         combined = {name: float(np.mean([metrics[name] for metrics in told])) for name in told[0]}
         combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
-        combined |= {name: told[-1][name] for name in ("learning_rate", "skipped_updates")}
-        combined |= self._replaced | {"kl_coefficient": self.kl_coefficient}
+        combined |= {name: told[-1][name] for name in _LAST if name in told[-1]}
+        combined |= self._told | {"kl_coefficient": self.kl_coefficient}
         if (algorithm := self.config.algorithm).kl_target:
             self.kl_coefficient = adapted_coefficient(
                 self.kl_coefficient,
@@ -237,6 +250,16 @@ def _deal(rollouts: Sequence[Rollout], minibatches: int) -> Iterator[Sequence[Ro
     """Whole groups in order, in parts whose sizes differ by one at most."""
     bounds = np.linspace(0, len(rollouts), minibatches + 1).round().astype(int)
     return (rollouts[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _gathered(values: Sequence[np.ndarray], batches: Sequence[PackedBatch]) -> list[np.ndarray]:
+    """Values in the response slots of minibatches, back to all their completions, one minibatch after the other."""
+    pairs = zip(values, batches, strict=True)
+    return [row for value, batch in pairs for row in gather(value, batch, _completions(batch))]
+
+
+def _completions(batch: PackedBatch) -> int:
+    return int(batch.completions_total)
 
 
 def _in_compute_dtype(policy: Policy) -> dict[str, Any]:

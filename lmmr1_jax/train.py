@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for name, part in remembering.items():
                 part.restore(memory[name])
         else:
-            done, state = 0, learner.init_state(policy.load())
+            done, state = 0, assembly.initial_state(config, policy, learner)
         describe_run(folder, config, policy.source)
         policy.sampler.load(state.params, done)
 
@@ -154,7 +154,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 rollouts = step.replace_equal(rollouts, feeder.take, done, watch)
                 policy.sampler.rest()
                 with watch("score"):
-                    minibatches = step.prepare(rollouts, state.params)
+                    minibatches = step.prepare(rollouts, state)
                 stop.check()
             except (StopRequested, SamplerLost, RewardFailed) as reason:
                 leave(reason, memory)

@@ -160,6 +160,8 @@ class PackedBatch:
       tokens_total: float32 `[]`, completion tokens in the whole minibatch.
       completions_total: float32 `[]`, completions in the whole minibatch.
       kl_coefficient: float32 `[]`, of the KL in the loss; 0 until the step has set it.
+      values, returns: float32 `[n, R, M]`, 0 at padding: the critic's values at the rollout and what they are fitted
+        to; None without a critic.
     """
 
     tokens: np.ndarray
@@ -180,6 +182,8 @@ class PackedBatch:
     tokens_total: np.ndarray
     completions_total: np.ndarray
     kl_coefficient: np.ndarray
+    values: np.ndarray | None = None
+    returns: np.ndarray | None = None
 
 
 for _class in (VisionBatch, PackedBatch):

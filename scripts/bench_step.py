@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             rollouts = step.sample(feeder.take(arguments.prompts), number)
         with watch("score"):
             rollouts = step.score(rollouts)
-            batches = step.prepare(rollouts, state.params)
+            batches = step.prepare(rollouts, state)
         with watch("learn"):
             state, metrics = step.update(state, batches)
         with watch("sync"):

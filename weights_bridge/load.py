@@ -92,6 +92,11 @@ def read_stored(folder: str | Path, head: Head = "tokens") -> dict[str, StoredTe
     return stored
 
 
+def has_score(folder: str | Path) -> bool:
+    """Whether a folder's weights have a score head: those of a reward model."""
+    return any(canonical_name(name) == SCORE_NAME for file in _files(Path(folder)) for name in read_header(file))
+
+
 def source_dtypes(folder: str | Path) -> dict[str, str]:
     """Names as the folder has them -> "float32", "float16" or "bfloat16"."""
     return {name: tensor.dtype.name for name, tensor in read_stored(folder).items()}

@@ -48,8 +48,6 @@ def advantages_and_returns(
     config: AlgorithmConfig,
     log_ratios: Sequence[Tokens] | None,
     values: Sequence[Tokens],
-    *,
-    gae_lambda: float,
 ) -> tuple[list[Rollout], list[Tokens]]:
     """The rollouts with their advantages, and the returns, float32, a row per completion.
 
@@ -57,9 +55,8 @@ def advantages_and_returns(
     for `normalize_advantages batch`.
 
     Args:
-      rollouts, config, log_ratios: as in `shaping.shaped_advantages`; reads `discount` too.
+      rollouts, config, log_ratios: as in `shaping.shaped_advantages`; reads `discount` and `gae_lambda` too.
       values: the critic's values of every completion's tokens, groups one after the other.
-      gae_lambda: lambda.
     """
     rewards = np.concatenate([np.zeros(0), *completion_rewards(rollouts, config.normalize_rewards)])
     if config.reward_clip is not None:
@@ -67,7 +64,10 @@ def advantages_and_returns(
     kls = token_kls(rollouts, config, log_ratios)
     made = [
         generalised_advantages(
-            token_rewards(reward, kl, config.kl_coefficient), row, discount=config.discount, gae_lambda=gae_lambda
+            token_rewards(reward, kl, config.kl_coefficient),
+            row,
+            discount=config.discount,
+            gae_lambda=config.gae_lambda,
         )
         for reward, kl, row in zip(rewards, kls, values, strict=True)
     ]
@@ -75,3 +75,15 @@ def advantages_and_returns(
     if config.normalize_advantages == "batch":
         rows = normalise_tokens(rows, divide=config.normalize_std)
     return with_advantages(rollouts, rows), [returns.astype(np.float32) for _, returns in made]
+
+
+def critic_metrics(values: Sequence[Tokens], returns: Sequence[Tokens]) -> dict[str, float]:
+    """How good the values were that the advantages were made with, over all tokens: `value/mean`, `value/return`, and
+    `value/explained_variance`, 1 - Var(return - value) / Var(return), which is NaN where all returns are equal."""
+    v, r = (np.concatenate([np.zeros(0), *rows]).astype(np.float64) for rows in (values, returns))
+    explained = 1.0 - float(np.var(r - v) / np.var(r)) if r.size and (r != r[0]).any() else float("nan")
+    return {
+        "value/mean": float(v.mean()) if v.size else float("nan"),
+        "value/return": float(r.mean()) if r.size else float("nan"),
+        "value/explained_variance": explained,
+    }

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from lmmr1_jax.algorithms import dr_grpo, grpo, reinforce_pp, reinforce_pp_baseline, rloo, rloo_lmm_r1
-from lmmr1_jax.config import AlgorithmConfig, TrainConfig
+from lmmr1_jax.algorithms import dr_grpo, grpo, ppo, reinforce_pp, reinforce_pp_baseline, rloo, rloo_lmm_r1
+from lmmr1_jax.config import AlgorithmConfig, CriticConfig, TrainConfig
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.types import Rollout
 
 _log = logging.getLogger(__name__)
 
 Advantages = Callable[[Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None], list[Rollout]]
+Judgement = Callable[
+    [Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None, Sequence[np.ndarray]],
+    tuple[list[Rollout], list[np.ndarray]],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +29,16 @@ class Algorithm:
 
     Attributes:
       name: what `algorithm.name` says.
-      advantages: pure NumPy function over groups; its config is resolved.
+      advantages: pure NumPy function over groups; its config is resolved. With a critic it takes the values of the
+        completions' tokens too, and gives the returns beside the rollouts.
       smallest_group: completions per prompt that its baseline needs.
       loss, clip (low and high), aggregation, normalize (advantages), kl (estimator and placement), reward_clip,
         overlong (share), dynamic (sampling rounds): its own values of the fields.
+      critic: whether it has one.
     """
 
     name: str
-    advantages: Advantages
+    advantages: Advantages | Judgement
     smallest_group: int
     loss: str
     clip: tuple[float, float]
@@ -42,6 +48,7 @@ class Algorithm:
     reward_clip: float | None = None
     overlong: float = 0.0
     dynamic: int = 0
+    critic: bool = False
 
     @property
     def own(self) -> dict[str, Any]:
@@ -64,6 +71,8 @@ _PPO, _DAPO, _GSPO, _CISPO = (0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4), (1.0, 4.0)
 _K1, _K2, _K3 = ("k1", "reward"), ("k2", "loss"), ("k3", "loss")
 _TABLE = (
     #         name                     advantages                  group loss     clip    average     normalize KL
+    Algorithm("ppo",                   ppo.advantages_and_returns,       1, "clip",  _PPO,   "token",    "batch", _K1,
+              critic=True),
     Algorithm("rloo",                  rloo.advantages,                  2, "clip",  _PPO,   "token",    "none",  _K1),
     Algorithm("rloo_lmm_r1",           rloo_lmm_r1.advantages,           2, "clip",  _PPO,   "token",    "batch", _K1,
               reward_clip=10.0),
@@ -80,7 +89,8 @@ ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in _TABLE}
 
 # Fields that some algorithms do not read at all.
 _READ_BY = {
-    "discount": ("rloo_lmm_r1", "reinforce_pp"),
+    "discount": ("ppo", "rloo_lmm_r1", "reinforce_pp"),
+    "gae_lambda": ("ppo",),
     "reward_clip": tuple(name for name in ALGORITHMS if name != "rloo"),
 }
 # Fields that mean something only beside others: field, the other, the values of it that read the field, in words.
@@ -122,7 +132,8 @@ def checked(config: TrainConfig) -> TrainConfig:
     for field, readers in _READ_BY.items():
         if chosen.name not in readers and _is_set(given, field):
             raise UserError(
-                f"algorithm.{field} is set, but {chosen.name} does not read it (only {', '.join(readers)} do)"
+                f"algorithm.{field} is set, but {chosen.name} does not read it (only {', '.join(readers)} "
+                f"{'do' if len(readers) > 1 else 'does'})"
             )
     for field, other, is_read, wanted in _READ_WITH:
         if _is_set(given, field) and not is_read(getattr(filled, other)):
@@ -130,6 +141,12 @@ def checked(config: TrainConfig) -> TrainConfig:
                 f"algorithm.{field} is set, but nothing reads it while algorithm.{other} is "
                 f"{getattr(filled, other)!r}: it needs {wanted}"
             )
+    _check_critic(config.critic, chosen)
+    if chosen.critic and filled.normalize_advantages == "group":
+        raise UserError(
+            f"algorithm.normalize_advantages is 'group', but {chosen.name} has a critic for a baseline and compares no "
+            "completions of one prompt; it must be batch or none"
+        )
     if config.rollout.completions < chosen.smallest_group:
         raise UserError(
             f"rollout.completions is {config.rollout.completions}; {chosen.name} compares completions of one prompt "
@@ -165,6 +182,11 @@ def needs_reference(config: TrainConfig) -> bool:
     return config.algorithm.kl_coefficient > 0
 
 
+def needs_critic(config: TrainConfig) -> bool:
+    """Whether values are learned beside the policy."""
+    return algorithm(config.algorithm.name).critic
+
+
 def needs_old(config: TrainConfig) -> bool:
     """Whether policy log-probs have to be computed by a pass of their own before the first update.
 
@@ -175,5 +197,20 @@ def needs_old(config: TrainConfig) -> bool:
     return in_reward or updates_per_rollout(config) > 1
 
 
-def _is_set(config: AlgorithmConfig, field: str) -> bool:
-    return getattr(config, field) != getattr(AlgorithmConfig, field)
+def _check_critic(config: CriticConfig, chosen: Algorithm) -> None:
+    with_critic = [name for name, known in ALGORITHMS.items() if known.critic]
+    for field in dataclasses.fields(CriticConfig):
+        if not chosen.critic and _is_set(config, field.name):
+            raise UserError(
+                f"critic.{field.name} is set, but {chosen.name} has no critic (only {', '.join(with_critic)} has one)"
+            )
+    for field, backbone in (("path", "own"), ("loss_weight", "shared")):
+        if config.backbone != backbone and _is_set(config, field):
+            raise UserError(
+                f"critic.{field} is set, but nothing reads it while critic.backbone is {config.backbone!r}: it needs "
+                f"{backbone}"
+            )
+
+
+def _is_set(config: AlgorithmConfig | CriticConfig, field: str) -> bool:
+    return getattr(config, field) != getattr(type(config), field)

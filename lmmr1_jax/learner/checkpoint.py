@@ -1,8 +1,9 @@
 """Checkpoints with Orbax: written in the background, whole or not there, restored onto whatever devices there are.
 
 On disk, `<run>/checkpoints/<STEP>/`: `state/` is the train state as a nested dict with string keys ("params",
-"opt_state", "step", "skipped_updates") and `extras/` is JSON, what the host has to remember. Orbax writes into a
-folder of another name and renames it when all is there, so a run that is killed leaves the last whole checkpoint.
+"opt_state", "step", "skipped_updates", and "critic" where there is one) and `extras/` is JSON, what the host has to
+remember. Orbax writes into a folder of another name and renames it when all is there, so a run that is killed leaves
+the last whole checkpoint.
 """
 
 from __future__ import annotations

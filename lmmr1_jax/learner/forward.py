@@ -1,5 +1,5 @@
-"""A micro-batch through the model: from tokens and patches to hidden states, and to policy log-probs of the
-completion tokens."""
+"""A micro-batch through the model: from tokens and patches to the hidden states that predict the completion tokens,
+and from these to policy log-probs."""
 
 from __future__ import annotations
 
@@ -41,13 +41,41 @@ def micro_batch(batch: PackedBatch, index: Int[Array, ""]) -> PackedBatch:
     return PackedBatch(**chosen, **totals)
 
 
+def hidden_states(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
+    """Final hidden states of a micro-batch's rows, pictures in their places; `model` is a bound `Transformer`."""
+    features = None if micro.vision is None else _picture_features(model, micro.vision, mesh)
+    embedded = constrain_rows(model.embed(micro.tokens, micro.picture_slots, features), mesh)
+    return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
+
+
+def response_hidden(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows slots width"]:
+    """The hidden state in which each completion token is chosen; padding slots hold numbers without meaning.
+
+    Each response slot takes its hidden state from the row, so that what follows, a head's product or a value's, runs
+    over completion tokens alone.
+    """
+    hidden = hidden_states(model, micro, mesh)
+    return constrain_rows(jax.vmap(lambda row, source: row[source])(hidden, micro.source), mesh)
+
+
+def log_probs_of(
+    model: Any, hidden: Float[Array, "rows slots embed"], micro: PackedBatch, policy: Policy, mesh: Mesh
+) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
+    """Policy log-probs of the tokens that were chosen in these states, and the entropy of what they were drawn from."""
+    head = model.head_embedding()
+    if mesh.size > 1:
+        # Gathered over fsdp once, before the loop over chunks: W[V_tensor, D_fsdp] -> W[V_tensor, D].
+        whole = PartitionSpec("tensor" if head.shape[0] % mesh.shape["tensor"] == 0 else None)
+        head = jax.lax.with_sharding_constraint(head, NamedSharding(mesh, whole))
+    return token_log_probs(
+        hidden, head, micro.target, banned=policy.banned, temperature=policy.temperature, chunk=policy.chunk
+    )
+
+
 def response_log_probs(
     network: Any, params: dict[str, Any], micro: PackedBatch, policy: Policy, mesh: Mesh
 ) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
     """Policy log-probs of a micro-batch's completion tokens, and the entropy of what they were drawn from.
-
-    Padding slots hold numbers without meaning. Each response slot takes its hidden state from the row, so the head's
-    product runs over completion tokens alone.
 
     Args:
       network: a `models.network.Network`.
@@ -57,28 +85,7 @@ def response_log_probs(
       mesh: where rows are split.
     """
     model = network.bind(params)
-    hidden = hidden_states(model, micro, mesh)
-    response = jax.vmap(lambda row, source: row[source])(hidden, micro.source)
-    head = model.head_embedding()
-    if mesh.size > 1:
-        # Gathered over fsdp once, before the loop over chunks: W[V_tensor, D_fsdp] -> W[V_tensor, D].
-        whole = PartitionSpec("tensor" if head.shape[0] % mesh.shape["tensor"] == 0 else None)
-        head = jax.lax.with_sharding_constraint(head, NamedSharding(mesh, whole))
-    return token_log_probs(
-        constrain_rows(response, mesh),
-        head,
-        micro.target,
-        banned=policy.banned,
-        temperature=policy.temperature,
-        chunk=policy.chunk,
-    )
-
-
-def hidden_states(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
-    """Final hidden states of a micro-batch's rows, pictures in their places; `model` is a bound `Transformer`."""
-    features = None if micro.vision is None else _picture_features(model, micro.vision, mesh)
-    embedded = constrain_rows(model.embed(micro.tokens, micro.picture_slots, features), mesh)
-    return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
+    return log_probs_of(model, response_hidden(model, micro, mesh), micro, policy, mesh)
 
 
 def _picture_features(model: Any, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:

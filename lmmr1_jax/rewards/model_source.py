@@ -113,7 +113,7 @@ def open_model(
 
 
 def check_fit(folder: str | Path, policy: Processor) -> PictureFormat | None:
-    """How the reward model in `folder` takes the policy's pictures; None where one of the two takes none.
+    """How the reward model (or critic) in `folder` takes the policy's pictures; None where one of the two takes none.
 
     Raises:
       UserError: another tokenizer, too small a table, or pictures of other patches than the policy's.
@@ -139,7 +139,7 @@ def _check_vocabulary(folder: Path, own: Mapping[str, int], policys: Mapping[str
     here, there = (f"id {v[example]}" if example in v else "missing" for v in (own, policys))
     raise UserError(
         f"{folder}: its tokenizer is another than the policy's: {len(different)} tokens differ, {example!r} is {here} "
-        f"there and {there} in the policy's; a reward model must have been trained with the policy's tokenizer"
+        f"there and {there} in the policy's; it must have been trained with the policy's tokenizer"
     )
 
 

@@ -8,6 +8,7 @@ from lmmr1_jax.algorithms import ppo, rloo, shaping
 from lmmr1_jax.algorithms.registry import ALGORITHMS
 
 GOLDEN = [1.5, 0.5, 0.5, 0]
+WITHOUT_CRITIC = [name for name, algorithm in ALGORITHMS.items() if not algorithm.critic]
 
 
 def first_tokens(name, rollouts, log_ratios=None, **fields):
@@ -44,7 +45,7 @@ def test_rloo_is_the_mean_baseline_times_n_over_n_minus_1():
     np.testing.assert_allclose(rloo.leave_one_out(rewards), (rewards - rewards.mean()) * 7 / 6, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"reinforce_pp"}))
+@pytest.mark.parametrize("name", sorted(set(WITHOUT_CRITIC) - {"reinforce_pp"}))
 def test_a_group_without_variance_or_others_teaches_exactly_nothing(name):
     config = settings(name, normalize_std=False) if name.endswith(("baseline", "r1")) else settings(name)
     rollouts = [group([0.1] * 3, [3, 1, 2]), group([0.7], [2]), group([0.1, 0.1], [1, 1])]
@@ -118,7 +119,7 @@ def test_rewards_are_normalised_over_their_scope_before_the_baseline(scope, expe
     np.testing.assert_allclose(first_tokens("dr_grpo", rollouts, normalize_rewards=scope), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", WITHOUT_CRITIC)
 def test_an_empty_completion_or_group_is_no_fault(name):
     made = ALGORITHMS[name].advantages([group([1, 0], [0, 2]), group([], [])], settings(name), None)
     assert [[a.size for a in rollout.advantages] for rollout in made] == [[0, 2], []]
@@ -145,8 +146,8 @@ def test_ppo_equals_a_loop_over_every_pair_of_tokens():
     rng = np.random.default_rng(1)
     rollouts, log_ratios = random_groups(rng)
     values = [rng.normal(size=d.size) for d in log_ratios]
-    config = settings("reinforce_pp", kl_coefficient=0.1, discount=0.9)
-    made, returns = ppo.advantages_and_returns(rollouts, config, log_ratios, values, gae_lambda=0.8)
+    config = settings("ppo", kl_coefficient=0.1, discount=0.9, gae_lambda=0.8)
+    made, returns = ppo.advantages_and_returns(rollouts, config, log_ratios, values)
     rewards = [reward.total for rollout in rollouts for reward in rollout.rewards]
     expected = []
     for reward, d, v in zip(rewards, log_ratios, values, strict=True):
@@ -162,6 +163,38 @@ def test_ppo_equals_a_loop_over_every_pair_of_tokens():
     np.testing.assert_allclose(np.concatenate([a for r in made for a in r.advantages]), expected, atol=1e-5)
 
 
+def test_ppo_gives_a_completion_the_same_whatever_the_order_of_groups_and_completions():
+    rng = np.random.default_rng(5)
+    rollouts, log_ratios = random_groups(rng)
+    values = [rng.normal(size=d.size) for d in log_ratios]
+    config = settings("ppo", kl_coefficient=0.2, gae_lambda=0.9)
+    straight = ppo.advantages_and_returns(rollouts, config, log_ratios, values)
+    back = ppo.advantages_and_returns(reversed_groups(rollouts), config, log_ratios[::-1], values[::-1])
+    rows = [[a for rollout in made for a in rollout.advantages] for made, _ in (straight, back)]
+    for ours, theirs in zip(rows[0] + straight[1], rows[1][::-1] + back[1][::-1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_ppo_takes_empty_completions_and_groups():
+    values = [np.zeros(0), np.array([0.5, 0.25])]
+    made, returns = ppo.advantages_and_returns([group([1, 0.5], [0, 2]), group([], [])], settings("ppo"), None, values)
+    assert [[a.size for a in rollout.advantages] for rollout in made] == [[0, 2], []]
+    assert [r.tolist() for r in returns] == [[], [0.5, 0.5]]
+
+
+def test_explained_variance_is_1_for_perfect_values_0_for_their_mean_and_none_without_variance():
+    returns = [np.array([1.0, 0.0]), np.array([2.0])]
+    assert ppo.critic_metrics(returns, returns) == {
+        "value/mean": 1.0, "value/return": 1.0, "value/explained_variance": 1.0,
+    }  # fmt: skip
+    flat = [np.full(2, 7.0), np.full(1, 7.0)]
+    assert ppo.critic_metrics(flat, returns)["value/explained_variance"] == 0
+    # errors 0.5, -0.5, 0 have variance 1/6, the returns 2/3
+    near = [np.array([0.5, 0.5]), np.array([2.0])]
+    assert ppo.critic_metrics(near, returns)["value/explained_variance"] == pytest.approx(0.75)
+    assert np.isnan(ppo.critic_metrics(returns, flat)["value/explained_variance"])
+
+
 def random_groups(rng):
     """Groups of 5, 1, 2 and 4 with ragged completions; one of them without variance."""
     rollouts, log_ratios = [], []
@@ -171,6 +204,14 @@ def random_groups(rng):
         rollouts.append(group(rewards, lengths, f"p{number}"))
         log_ratios += [rng.normal(size=n) * 0.3 for n in lengths]
     return rollouts, log_ratios
+
+
+def reversed_groups(rollouts):
+    """The groups from last to first, and the completions of each."""
+    return [
+        group([w.total for w in r.rewards][::-1], [c.token_ids.size for c in r.completions][::-1])
+        for r in rollouts[::-1]
+    ]
 
 
 def slow_advantages(name, rollouts, log_ratios, *, beta, placement, estimator, scope, divide, clip, discount):
@@ -212,7 +253,7 @@ def slow_advantages(name, rollouts, log_ratios, *, beta, placement, estimator, s
     return [a for row in rows for a in row]
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", WITHOUT_CRITIC)
 @pytest.mark.parametrize("placement", ["reward", "loss"])
 @pytest.mark.parametrize("scope", [None, "none", "group", "batch"])
 def test_every_estimator_equals_the_loop_over_tokens(name, placement, scope):
@@ -232,14 +273,12 @@ def test_every_estimator_equals_the_loop_over_tokens(name, placement, scope):
     np.testing.assert_allclose(np.concatenate([a for r in made for a in r.advantages]), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", WITHOUT_CRITIC)
 def test_the_order_of_groups_and_of_completions_moves_no_advantage(name):
     rollouts, log_ratios = random_groups(np.random.default_rng(5))
     config = settings(name, kl_coefficient=0.2, kl_placement="reward")
     straight = ALGORITHMS[name].advantages(rollouts, config, log_ratios)
-    turned = [group([w.total for w in r.rewards][::-1], [c.token_ids.size for c in r.completions][::-1])
-              for r in rollouts[::-1]]  # fmt: skip
-    back = ALGORITHMS[name].advantages(turned, config, log_ratios[::-1])
+    back = ALGORITHMS[name].advantages(reversed_groups(rollouts), config, log_ratios[::-1])
     for ours, theirs in zip(straight, back[::-1], strict=True):
         for a, b in zip(ours.advantages, theirs.advantages[::-1], strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)

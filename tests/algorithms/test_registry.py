@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lmmr1_jax.algorithms import registry
-from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.config import AlgorithmConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainConfig
 from lmmr1_jax.config_fields import field_types
 from lmmr1_jax.errors import UserError
 
@@ -42,8 +42,9 @@ def test_the_algorithms_own_values_yield_to_the_configs(name):
 @pytest.mark.parametrize(
     "fields, readers",
     [
-        (dict(reward_clip=5.0), "rloo_lmm_r1, reinforce_pp, reinforce_pp_baseline"),
-        (dict(discount=0.9), "only rloo_lmm_r1, reinforce_pp do"),
+        (dict(gae_lambda=0.9), "only ppo does"),
+        (dict(reward_clip=5.0), "ppo, rloo_lmm_r1, reinforce_pp, reinforce_pp_baseline"),
+        (dict(discount=0.9), "only ppo, rloo_lmm_r1, reinforce_pp do"),
         (dict(name="grpo", discount=0.9), "grpo does not read it"),
         (dict(loss="policy_gradient", clip_low=0.1), "algorithm.loss is 'policy_gradient'"),
         (dict(loss="policy_gradient", clip_high=0.1), "algorithm.loss is 'policy_gradient'"),
@@ -63,13 +64,35 @@ def test_a_field_that_nothing_reads_is_refused_in_one_line_that_names_it(fields,
     assert message.startswith(f"algorithm.{last} is set") and readers in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "name, critic, said",
+    [
+        ("rloo", dict(learning_rate=1e-3), "critic.learning_rate is set, but rloo has no critic (only ppo has one)"),
+        ("grpo", dict(backbone="shared"), "critic.backbone is set, but grpo has no critic"),
+        ("ppo", dict(loss_weight=0.5), "critic.loss_weight is set, but nothing reads it while critic.backbone"),
+        ("ppo", dict(backbone="shared", path="x"), "critic.path is set, but nothing reads it while critic.backbone is"),
+    ],
+)
+def test_a_field_of_the_critic_that_nothing_reads_is_refused(name, critic, said):
+    given = dataclasses.replace(config(name=name), critic=CriticConfig(**critic))
+    with pytest.raises(UserError) as refused:
+        registry.checked(given)
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_a_critic_is_the_baseline_and_leaves_no_group_to_normalise_over():
+    registry.checked(config(name="ppo", rollout={"completions": 1}))
+    with pytest.raises(UserError, match="normalize_advantages is 'group', but ppo has a critic"):
+        registry.checked(config(name="ppo", normalize_advantages="group"))
+
+
 def test_the_same_fields_pass_where_something_reads_them():
     registry.checked(config(name="rloo_lmm_r1", reward_clip=5.0, discount=0.9, normalize_std=False))
     registry.checked(config(name="gspo", dual_clip=3.0, kl_coefficient=0.1, kl_target=0.1, kl_horizon=5.0))
     registry.checked(config(name="dr_grpo", aggregation_length=9, overlong_share=0.1, overlong_penalty=0.5))
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.ALGORITHMS) - {"reinforce_pp"}))
+@pytest.mark.parametrize("name", sorted(set(registry.ALGORITHMS) - {"reinforce_pp", "ppo"}))
 def test_a_group_of_one_is_refused_where_groups_are_compared(name):
     with pytest.raises(UserError, match=f"rollout.completions is 1; {name}"):
         registry.checked(config(name=name, rollout={"completions": 1}))
@@ -90,7 +113,7 @@ def test_dynamic_sampling_needs_groups_that_are_not_sampled_ahead():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(UserError, match="cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, .*rloo, rloo_lmm_r1"):
+    with pytest.raises(UserError, match="cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, .*rloo, rloo_lmm_r1"):
         registry.checked(config(name="grpo2"))
 
 

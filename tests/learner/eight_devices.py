@@ -1,5 +1,6 @@
 """Run by test_devices.py in a process that has eight simulated devices: prints what it found as one line of JSON."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -10,9 +11,10 @@ import numpy as np
 import packed_cases as cases
 
 from lmmr1_jax.compilation import CompilationCounter
-from lmmr1_jax.config import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.data.packing import PackShapes, pack
+from lmmr1_jax.config import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.data.packing import PackShapes, pack, scatter
 from lmmr1_jax.learner.checkpoint import Checkpoints
+from lmmr1_jax.learner.critic import initial_head, own_critic, shared_critic
 from lmmr1_jax.learner.sharding import activation_constraint, make_mesh
 from lmmr1_jax.learner.step import Learner
 from lmmr1_jax.models.config import parse_config
@@ -25,14 +27,18 @@ SHAPES = PackShapes(
 MESHES = {"one": (1, 1, 1), "data and tensor": (2, 1, 2), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 
 
-def learner_on(sizes):
+def learner_on(sizes, backbone="own"):
     raw = cases.hf_config()
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
     net = cases.network(parse_config(raw), constrain=activation_constraint(mesh))
     config = TrainConfig(
-        algorithm=AlgorithmConfig(importance="sequence"), learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64)
+        algorithm=AlgorithmConfig(name="ppo", importance="sequence"),
+        critic=CriticConfig(backbone=backbone, learning_rate=0.01),
+        learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64),
     )
-    return Learner(net, config, mesh, logical_axes(layout(raw)), 10, banned_ids=cases.BANNED)
+    axes = logical_axes(layout(raw))
+    critic = own_critic(net, axes) if backbone == "own" else shared_critic(net)
+    return Learner(net, config, mesh, axes, 10, banned_ids=cases.BANNED, critic=critic)
 
 
 def relative(ours, theirs):
@@ -51,17 +57,24 @@ def main():
     params = host(cases.random_params(net))
     rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(config))
     batch = pack(rollouts, SHAPES, config.vision, cases.patches_of)
+    rng = np.random.default_rng(4)
+    drawn = [rng.normal(size=(2, c.token_ids.size)).astype(np.float32) for r in rollouts for c in r.completions]
+    values, returns = (scatter([pair[i] for pair in drawn], batch) for i in range(2))
+    batch = dataclasses.replace(batch, values=values, returns=returns)
+    head = initial_head(0, 32)
+    critic = host(cases.random_params(net, seed=1) | head)
     found = {"devices": jax.device_count(), "micro_batches": int(batch.micro_batches)}
     first = None
     folder = pathlib.Path(tempfile.mkdtemp()) / "checkpoints"
     for name, sizes in MESHES.items():
         learner = learner_on(sizes)
-        state = learner.init_state(jax.tree.map(jax.numpy.array, params))
+        state = learner.init_state(*jax.tree.map(jax.numpy.array, (params, critic)))
         state, metrics = learner.update(state, batch)
         kernel = state.params["language"]["layers"]["gate"]["kernel"]
-        moment = state.opt_state.mu["language"]["layers"]["gate"]["kernel"]
+        moment = state.critic.opt_state.mu["language"]["layers"]["gate"]["kernel"]
         # Adam's first moment after one update is the gradient, scaled.
-        mine = {"gradient": host(state.opt_state.mu), "metrics": metrics, "state": host(state)}
+        gradients = host((state.opt_state.mu, state.critic.opt_state.mu))
+        mine = {"gradient": gradients, "metrics": metrics, "state": host(state)}
         if first is None:
             first = mine
             checkpoints = Checkpoints(folder, keep=1)
@@ -86,6 +99,13 @@ def main():
             "compiled_to_save": counter.names,
             "went_on": int(again.step),
         }
+    shared = {}
+    for name in ("one", "all"):
+        learner = learner_on(MESHES[name], "shared")
+        state = learner.init_state(*jax.tree.map(jax.numpy.array, (params, head)))
+        state, _ = learner.update(state, batch)
+        shared[name] = host((state.opt_state.mu, state.critic.opt_state.mu))
+    found["shared"] = relative(shared["all"], shared["one"])
     json.dump(found, sys.stdout)
 
 

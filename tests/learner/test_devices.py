@@ -1,4 +1,5 @@
-"""Device count and mesh shape change speed, never the loss or the gradient; a checkpoint goes on on any of them."""
+"""Device count and mesh shape change speed, never the loss or the gradient, the policy's or its critic's; a checkpoint
+goes on on any of them."""
 
 import json
 import os
@@ -36,6 +37,10 @@ def test_mesh_shape_leaves_loss_and_gradient_alone(found, mesh):
     assert found[mesh]["gradient"] <= 1e-5
     for name, (ours, theirs) in found[mesh]["metrics"].items():
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6), name
+
+
+def test_mesh_shape_leaves_the_gradient_of_a_backbone_that_is_shared_with_a_critic_alone(found):
+    assert found["shared"] <= 1e-5
 
 
 @pytest.mark.parametrize("mesh, parts", zip(MESHES, (2, 8, 4), strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -84,6 +85,23 @@ def test_a_run_exports_to_a_hugging_face_folder_with_other_weights_than_it_start
     assert 0 < moved < 0.1
 
 
+@pytest.mark.parametrize("backbone", ["own", "shared"])
+def test_a_run_with_a_critic_names_its_metrics_and_exports_the_policy_alone(tmp_path, backbone):
+    flags = ("--algorithm.name", "ppo", "--critic.backbone", backbone, "--run.steps", "2", "--eval.size", "2")
+    done = train(tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    documented = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)?)`", (ROOT / "docs" / "metrics.md").read_text()))
+    for record in lines(tmp_path / "run" / "metrics.jsonl"):
+        assert set(record) <= documented, set(record) - documented
+    command = [sys.executable, "-m", "weights_bridge.export", "--checkpoint", str(tmp_path / "run")]
+    out = tmp_path / "exported"
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {out}\n", "")
+    with safe_open(out / "model.safetensors", "np") as ours:
+        with safe_open(ROOT / "lmmr1_jax" / "assets" / "tiny" / "model.safetensors", "np") as theirs:
+            assert set(ours.keys()) == set(theirs.keys())
+
+
 def test_a_folder_in_use_is_refused_in_one_line(finished):
     done = train(finished)
     assert done.returncode == 2
@@ -146,6 +164,8 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
         (["--learner.learnin-rate", "1"], "--learner.learnin-rate"),
         (["--learner.learning-rate", "fast"], "--learner.learning-rate"),
         (["--algorithm.reward-clip", "3"], "reward_clip"),
+        (["--critic.learning-rate", "1e-4"], "critic.learning_rate"),
+        (["--algorithm.name", "ppo", "--critic.path", "no/such/critic"], "no/such/critic"),
         (["--rollout.completions", "1"], "rollout.completions"),
         (["--mesh.tensor", "64"], "mesh"),
     ],
@@ -161,8 +181,15 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, flags, named):
 ADAPTIVE = "--algorithm.name dapo --algorithm.kl-coefficient 0.1 --algorithm.kl-target 1e-3 --algorithm.kl-horizon 50"
 
 
+# Two models that are trained, the second alone at first; or one with two heads and two updates a step.
+OWN = "--algorithm.name ppo --critic.learning-rate 1e-3 --critic.freezing-actor-steps 2"
+SHARED = "--algorithm.name ppo --critic.backbone shared --critic.learning-rate 1e-3 --learner.minibatches 2"
+
+
 @pytest.mark.parametrize(
-    "flags, runs", [("", 2), (f"{ADAPTIVE} --learner.minibatches 2", 1)], ids=["plain", "adaptive"]
+    "flags, runs",
+    [("", 2), (f"{ADAPTIVE} --learner.minibatches 2", 1), (OWN, 1), (SHARED, 1)],
+    ids=["plain", "adaptive", "own critic", "shared critic"],
 )
 def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path, flags, runs):
     command = [sys.executable, "scripts/check_resume.py", "--runs", str(runs), "--folder", str(tmp_path / "runs")]
@@ -170,7 +197,10 @@ def test_killed_runs_end_bit_equal_to_an_uninterrupted_one(tmp_path, flags, runs
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{runs} of {runs} runs ended bit-equal" in done.stdout
-    if flags:
-        records = lines(tmp_path / "runs" / "whole" / "metrics.jsonl")
+    records = lines(tmp_path / "runs" / "whole" / "metrics.jsonl")
+    if ADAPTIVE in flags:
         assert len({record["kl_coefficient"] for record in records}) > 1
         assert max(record["dynamic/rounds"] for record in records) > 0
+    if "ppo" in flags:
+        assert all(record["value/grad_norm"] > 0 for record in records)
+        assert [record["learning_rate"] == 0 for record in records[:3]] == [flags == OWN] * 2 + [False]

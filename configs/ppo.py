@@ -1,0 +1,7 @@
+"""PPO on the embedded default (`embedded.py`): a critic of its own, which sees the pictures, for a baseline."""
+
+from embedded import embedded
+
+from lmmr1_jax.config import AlgorithmConfig, CriticConfig
+
+config = embedded(AlgorithmConfig(name="ppo"), critic=CriticConfig(learning_rate=1e-3))
