@@ -207,23 +207,24 @@ class Engine:
         busy = sum(group.unfinished for group in self._groups.values())
         while self._waiting:
             group = self._waiting[0]
-            full = busy + group.request.completions > self._settings.max_sequences
+            full = busy + group.sampled > self._settings.max_sequences
             if full and self._groups and not group.request.urgent:
                 return
             self._waiting.popleft()
             try:
-                self._llm.add_request(group.request.name, *self._prompt_and_params(group.request))
+                self._llm.add_request(group.request.name, *self._prompt_and_params(group))
             except Exception as error:  # vLLM validates here; the request is at fault, not the engine
                 group.result.set_exception(RequestRefused(f"vLLM refuses {group.request.name}: {_line(error)}"))
                 continue
             self._groups[group.request.name] = group
-            busy += group.request.completions
+            busy += group.sampled
 
-    def _prompt_and_params(self, request: GroupRequest) -> tuple[dict[str, Any], Any]:
+    def _prompt_and_params(self, group: _Group) -> tuple[dict[str, Any], Any]:
         from PIL import Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        request = group.request
         prompt: dict[str, Any] = {
             "prompt_token_ids": request.short_ids.tolist(),
             "cache_salt": f"weights-{self._version}",
@@ -233,13 +234,13 @@ class Engine:
             names = [f"{request.name}-{number}-weights-{self._version}" for number in range(len(request.pictures))]
             prompt["multi_modal_uuids"] = {"image": names}
         params = SamplingParams(
-            n=request.completions,
+            n=group.sampled,
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
             max_tokens=request.max_new_tokens,
-            min_tokens=request.max_new_tokens if request.ignore_ends else 0,
-            # Our own end tokens, not those that vLLM would find in the folder.
+            # Our own end tokens, not those that vLLM would find in the folder. (`min_tokens` would do more than go on
+            # past them: it takes their probability away.)
             ignore_eos=True,
             stop_token_ids=[] if request.ignore_ends else list(self._settings.end_ids),
             logprobs=0,
@@ -289,15 +290,17 @@ class _Group:
     def __init__(self, request: GroupRequest, result: Future):
         self.request, self.result = request, result
         self.checked = False
-        self._tokens: list[list[int]] = [[] for _ in range(request.completions)]
-        self._log_probs: list[list[float]] = [[] for _ in range(request.completions)]
-        self._versions: list[list[int]] = [[] for _ in range(request.completions)]
+        # vLLM samples greedily once; all completions of the group are that one.
+        self.sampled = request.completions if request.temperature > 0 else 1
+        self._tokens: list[list[int]] = [[] for _ in range(self.sampled)]
+        self._log_probs: list[list[float]] = [[] for _ in range(self.sampled)]
+        self._versions: list[list[int]] = [[] for _ in range(self.sampled)]
         self._reasons: dict[int, str] = {}
 
     @property
     def unfinished(self) -> int:
         """Completions that go on."""
-        return self.request.completions - len(self._reasons)
+        return self.sampled - len(self._reasons)
 
     def add(self, part: Any, version: int | None) -> None:
         """What one step sampled for one completion."""
@@ -320,7 +323,7 @@ class _Group:
                 finish_reason=self._reasons[index],
                 policy_version=np.asarray(self._versions[index], np.int32),
             )
-            for index in range(self.request.completions)
+            for index in (number % self.sampled for number in range(self.request.completions))
         ]
 
 
