@@ -8,9 +8,9 @@ import pytest
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster():
-    """Ray, connected; its processes find the tests' own modules. What it started ends with the session."""
+    """Ray, connected; its processes find the tests' own modules. What it started ends with these tests."""
     pytest.importorskip("vllm")
     from lmmr1_jax.config import RayConfig
     from lmmr1_jax.rollout.ray_cluster import connected
@@ -21,7 +21,7 @@ def cluster():
             yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine(cluster):
     """An engine with a Qwen2.5-VL whose head is its own; it has no weights until a test syncs it."""
     import engine_cases as cases
@@ -32,7 +32,7 @@ def engine(cluster):
     return live
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def student(engine):
     """The learner of the engine's model."""
     import engine_cases as cases

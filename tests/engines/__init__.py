@@ -1,0 +1,1 @@
+"""A package, for pytest to end with these tests what they share."""
