@@ -37,7 +37,9 @@ class _Torchvision(importlib.abc.MetaPathFinder):
             import torch
 
             for operator, signature in _OPERATORS:
-                torch.library.define(f"torchvision::{operator}", signature)
+                # Who only asks where torchvision is gets here too, and may ask again.
+                if not hasattr(torch.ops.torchvision, operator):
+                    torch.library.define(f"torchvision::{operator}", signature)
         return None
 
 
