@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import re
 import runpy
 import sys
@@ -78,7 +79,11 @@ def load_config_file(path: str | Path) -> TrainConfig:
 
 
 def run_cli(main: Callable[[], Any]) -> None:
-    """Runs a command and ends the process: what the user can mend is one line on stderr and exit status 2."""
+    """Runs a command and ends the process: what the user can mend is one line on stderr and exit status 2, and so is
+    every warning, but for the status."""
+    for name in ("lmmr1_jax", "weights_bridge"):
+        logging.getLogger(name).addHandler(_Console(logging.WARNING))
+        logging.getLogger(name).propagate = False  # whatever other packages have set up
     try:
         status = main()
     except (UserError, BridgeError) as error:
@@ -87,6 +92,13 @@ def run_cli(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(status or 0)
+
+
+class _Console(logging.Handler):
+    """A line on stderr, wherever that leads by now: above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, str]]:

@@ -170,6 +170,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                         metrics |= probe.measure(rollouts[0].encoded, state.params)
                 except (StopRequested, SamplerLost) as reason:
                     interrupted = reason  # the step is done all the same, and is written down first
+                    if probe is not None:  # which did not measure it; the learner's own is of older weights
+                        metrics = {name: value for name, value in metrics.items() if not name.startswith("gap/")}
             if done == first + 1:  # all programs are compiled
                 release_memory()
 

@@ -24,8 +24,8 @@ from lmmr1_jax.rollout.vllm_protocol import (
 class SmallEngine:
     """Completion i of request NAME is the bytes of "NAME/i". A request takes a millisecond a token.
 
-    Faults: "late" takes two seconds to be built, "never" for ever; "unfit" can't be built; "raises", "dies" and
-    "hangs" do so at the second bucket of an update.
+    Faults: "late" takes two seconds to be built, "never" for ever; "unfit" and "stillborn" can't be built; "raises",
+    "dies" and "hangs" do so at the second bucket of an update.
     """
 
     def __init__(self, fault: str = ""):
@@ -38,6 +38,8 @@ class SmallEngine:
     async def built(self) -> EngineInfo:
         if self._fault == "unfit":
             raise EngineUnfit("no engine of this kind")
+        if self._fault == "stillborn":
+            raise EngineFailed("no room for a model")
         await asyncio.sleep({"late": 2.0, "never": 1e6}.get(self._fault, 0.0))
         return EngineInfo(socket.gethostname(), os.getpid(), "none")
 

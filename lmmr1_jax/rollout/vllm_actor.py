@@ -89,3 +89,5 @@ def _prepare_process(settings: EngineSettings) -> None:
     cuda_builds.tolerate()
     if settings.cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
+        if settings.tensor_parallel > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else vLLM wants a NUMA node for each worker

@@ -82,6 +82,8 @@ class _Engine:
     place: int
     handle: Any
     failures: int
+    before: str = ""
+    """What its predecessor failed with."""
     info: EngineInfo | None = None
     version: int | None = None
     lost: bool = False
@@ -335,8 +337,8 @@ class Fleet:
 
     # What follows is said with the lock held.
 
-    def _start(self, place: int, failures: int) -> None:
-        engine = _Engine(place, self._make_engine(place, self._made[place]), failures)
+    def _start(self, place: int, failures: int, before: str = "") -> None:
+        engine = _Engine(place, self._make_engine(place, self._made[place]), failures, before)
         self._made[place] += 1
         self._engines = [other for other in self._engines if other.place != place] + [engine]
         self._hear(engine.handle.built.remote(), lambda result: self._built(engine, result))
@@ -406,14 +408,16 @@ class Fleet:
         if engine.info is not None and not any(other.info is not None and not other.lost for other in self._engines):
             self._none_since = time.monotonic()
         where = "" if engine.info is None else f" on {engine.info.host}"
-        if _cause(error, EngineUnfit) or engine.failures >= self._settings.restarts:
+        # What two say in the same words before they are built, the next would say too.
+        again = engine.info is None and reason == engine.before and _cause(error, EngineFailed)
+        if _cause(error, EngineUnfit) or again or engine.failures >= self._settings.restarts:
             self._given_up[engine.place] = reason
             if len(self._given_up) < self._settings.engines:  # else it is what `_hopeless` says
                 self._say(f"vLLM engine {engine.place}{where} is given up: {reason}")
         else:
             self.replaced += 1
             self._say(f"vLLM engine {engine.place}{where} is replaced: {reason}")
-            self._start(engine.place, engine.failures + 1)
+            self._start(engine.place, engine.failures + 1, reason)
         self._hand_out()
 
     def _fail(self, ticket: Ticket, fault: str) -> None:

@@ -115,7 +115,8 @@ def test_a_run_that_is_killed_and_interrupted_goes_on_as_if_it_had_not_been(tmp_
     # The first step after a resume is sampled by the weights that were resumed, and by no others.
     assert [records[done]["lag/mean"], records[done]["lag/max"]] == [0, 0]
     assert all(0 <= record["lag/mean"] <= record["lag/max"] <= STALENESS for record in records)
-    assert all(record["gap/max"] < 1e-3 for record in records)
+    assert all(record.get("gap/max", 0) < 1e-3 for record in records)  # not measured where it was interrupted
+    assert sum("gap/max" in record for record in records) >= STEPS - 1
     seen = [sample["prompt_id"] for sample in lines(folder / "samples.jsonl")]
     assert seen == prompts_of_an_uninterrupted_run(folder)
 

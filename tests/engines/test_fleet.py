@@ -208,6 +208,13 @@ def test_what_cannot_be_built_is_given_up_at_once_and_the_others_go_on(fleets):
         hopeless.load(ThreeBuckets(), 0)
 
 
+def test_what_fails_twice_in_the_same_words_before_it_is_built_is_given_up(fleets):
+    fleet = fleets({(0, before): "stillborn" for before in range(9)}, engines=1, restarts=9)
+    with pytest.raises(SamplerLost, match="no vLLM engine is left: no room for a model$"):
+        fleet.load(ThreeBuckets(), 0)
+    assert fleet.said == ["vLLM engine 0 is replaced: no room for a model"]
+
+
 def test_engines_that_never_come_are_waited_for_so_long_and_no_longer(fleets):
     started = time.monotonic()
     fleet = fleets({(0, 0): "never", (1, 0): "never"}, start_timeout=1.0)
