@@ -74,7 +74,7 @@ def test_every_mode_becomes_what_transformers_makes_of_it(tmp_path, mode):
     image.save(tmp_path / name, **({"transparency": image.info["transparency"]} if "transparent" in mode else {}))
     opened = Image.open(tmp_path / name)
     if mode == "RGBA" or mode == "LA" or "transparent" in mode:
-        # On white, as newer releases of transformers have it themselves; older ones show what lies under the transparency.
+        # On white, as newer releases of transformers have it; older ones show what lies under the transparency.
         opened = opened.convert("RGBA")
         opened = Image.alpha_composite(Image.new("RGBA", opened.size, "white"), opened).convert("RGB")
     expected = oracle.Qwen2VLImageProcessorPil()(images=[opened], return_tensors="np")["pixel_values"]
