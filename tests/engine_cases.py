@@ -34,7 +34,7 @@ from weights_bridge.stream import TensorStream
 from weights_bridge.vllm import cuda_builds
 from weights_bridge.vllm.sender import HostTransport
 
-MODELS = [(kind, tied) for kind in ("qwen2", "qwen2_5_vl") for tied in (True, False)]
+MODELS = [("qwen2", True), ("qwen2", False), ("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False)]
 UPDATES = 5
 ONE_BUCKET = 1 << 30
 PATIENCE = 200.0
@@ -47,7 +47,8 @@ def model(kind: str, tied: bool) -> Path:
     if kind == "qwen2":
         return oracle.random_model(kind, tied, text=text)
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}
-    return oracle.random_model(kind, tied, text=text, vision={"out_hidden_size": 128})
+    width = "out_hidden_size" if kind == "qwen2_5_vl" else "hidden_size"
+    return oracle.random_model(kind, tied, text=text, vision={width: 128})
 
 
 def config(folder: Path, *, temperature: float = 1.0, **vllm: Any) -> TrainConfig:

@@ -28,6 +28,7 @@ def test_banned_tokens_never_come_where_they_are_the_likeliest_by_far(engine, st
     engine.sync(params)
     encoded = prompt(processor, SIZES[1], 1)
     rollout = engine.sample(encoded, 8, NEW_TOKENS, temperature=temperature)
+    assert len(rollout.completions) == 8
     tokens = np.concatenate([completion.token_ids for completion in rollout.completions])
     assert not np.isin(tokens, processor.banned_ids).any()
     own = student.log_probs(params, [rollout])
