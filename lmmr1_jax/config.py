@@ -109,7 +109,7 @@ class VllmConfig:
     """How weights travel: `host` through Ray's object store, from any learner to any engine; `nccl` between GPUs,
     `ipc` within one; auto takes host."""
     bucket_mib: int = 256
-    """Weights travel in buckets of at most this size, or of one tensor."""
+    """Weights travel in buckets of at most this size, or of one tensor; over `host` in parts of an eighth of it."""
     colocate: bool = False
     """Engines share the learner's GPUs: they sleep while it learns."""
     resource: str = ""

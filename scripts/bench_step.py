@@ -8,6 +8,9 @@ passes for old and reference log-probs, of which this setting needs none), learn
 to the sampler). One update per rollout, no KL, AdamW, float32 on a CPU. The first step, which compiles, is left out;
 figures are medians of the others. Peak memory is that of this process (VmHWM), counted anew from the second step on.
 
+With `--sampler vllm` an engine beside the learner samples; with `--staleness N` it samples up to N batches ahead, and
+`rollout` is what the learner still waits for them.
+
 Beside the times stands a limit: the matrix products that a step cannot do without, over the rate at which XLA
 multiplies square matrices, measured in the same run.
 """
@@ -15,6 +18,7 @@ multiplies square matrices, measured in the same run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -28,11 +32,13 @@ import jax
 
 from lmmr1_jax import assembly
 from lmmr1_jax.compilation import CompilationCounter, release_memory
-from lmmr1_jax.config import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig
+from lmmr1_jax.config import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
 from lmmr1_jax.config_cli import run_cli
+from lmmr1_jax.config_ranges import check_ranges
 from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
+from lmmr1_jax.rollout.ahead import Ahead
 from lmmr1_jax.step import Step, Stopwatch
 from lmmr1_jax.types import Reward, Rollout
 from lmmr1_jax.versions import versions
@@ -47,16 +53,34 @@ def main(argv: list[str] | None = None) -> int:
         model=ModelConfig(path=arguments.model),
         data=DataConfig(path=arguments.data, shuffle=False),
         rollout=RolloutConfig(
-            prompts=arguments.prompts, completions=arguments.generations, max_new_tokens=arguments.max_new_tokens
+            prompts=arguments.prompts,
+            completions=arguments.generations,
+            max_new_tokens=arguments.max_new_tokens,
+            sampler=arguments.sampler,
+            staleness=arguments.staleness,
         ),
+        vllm=VllmConfig(cpus=arguments.engine_cpus, pictures=1) if arguments.sampler == "vllm" else VllmConfig(),
         learner=LearnerConfig(
             learning_rate=1e-6, remat=arguments.remat, logprob_chunk=arguments.logprob_chunk, rows=arguments.rows
         ),
     )
-    policy = assembly.assemble_policy(config)
-    prompts = read_prompts(arguments.data, skips=SkipLog(), special_tokens=policy.processor.special_tokens)
-    feeder = assembly.build_feeder(config, prompts, policy.processor, SkipLog())
-    learner = assembly.build_learner(config, policy, total_updates=arguments.steps + 1)
+    check_ranges(config)
+    with assembly.open_policy(config) as policy:
+        result = measure(config, policy, arguments.steps)
+    result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    seconds, limit = result["seconds_per_step"], result["limit"]
+    print("median " + _line(seconds), f"peak {result['peak_memory_bytes'] / 2**20:.0f} MiB", sep="  ")
+    print(f"limit at {limit['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s: " + _line(limit["seconds"]))
+    return 0
+
+
+def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[str, Any]:
+    """What goes into the JSON file, but for the command."""
+    skips, wanted = SkipLog(), config.rollout
+    prompts = read_prompts(config.data.path, skips=skips, special_tokens=policy.processor.special_tokens)
+    learner = assembly.build_learner(config, policy, total_updates=steps + 1)
     step = Step(config, policy, learner, trivial_reward, forced_length=True)
     state = learner.init_state(policy.load())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -64,38 +88,42 @@ def main(argv: list[str] | None = None) -> int:
 
     measured: list[dict[str, float]] = []
     compilations = CompilationCounter()
-    for number in range(arguments.steps + 1):
-        watch = Stopwatch()
-        with watch("rollout"):
-            rollouts = step.sample(feeder.take(arguments.prompts), number)
-        with watch("score"):
-            rollouts = step.score(rollouts)
-            batches = step.prepare(rollouts, state)
-        with watch("learn"):
-            state, metrics = step.update(state, batches)
-        with watch("sync"):
-            policy.sampler.load(state.params, number + 1)
-            jax.block_until_ready(state.params)
-        if any(len(c.token_ids) != arguments.max_new_tokens for rollout in rollouts for c in rollout.completions):
-            raise RuntimeError("a completion has another length than was asked for")
-        del batches
-        print(f"{'first' if number == 0 else 'step ':5s} " + _line(watch.seconds), flush=True)
-        if number == 0:
-            compilations.restart()
-            memory_is_fresh = forget_peak_memory()
-        else:
-            measured.append(watch.seconds)
-    feeder.close()
+    with contextlib.closing(assembly.build_feeder(config, prompts, policy.processor, skips)) as feeder:
+        batches = Ahead(
+            feeder, skips, step.begin, prompts=wanted.prompts, staleness=wanted.staleness, batches=steps + 1
+        )
+        for number in range(steps + 1):
+            watch = Stopwatch()
+            with watch("rollout"):
+                rollouts = batches.next(number)
+            with watch("score"):
+                rollouts = step.score(rollouts)
+                minibatches = step.prepare(rollouts, state)
+            with watch("learn"):
+                state, metrics = step.update(state, minibatches)
+            with watch("sync"):
+                policy.sampler.load(state.params, number + 1)
+                jax.block_until_ready(state.params)
+            if any(len(c.token_ids) != wanted.max_new_tokens for rollout in rollouts for c in rollout.completions):
+                raise RuntimeError("a completion has another length than was asked for")
+            del minibatches
+            print(f"{'first' if number == 0 else 'step ':5s} " + _line(watch.seconds), flush=True)
+            if number == 0:
+                compilations.restart()
+                memory_is_fresh = forget_peak_memory()
+            else:
+                measured.append(watch.seconds)
     compiled = compilations.count  # the measurement of the limit compiles too
 
     seconds = {phase: statistics.median(step[phase] for step in measured) for phase in PHASES}
     seconds = {"total": statistics.median(sum(step.values()) for step in measured)} | seconds
-    tokens = arguments.prompts * arguments.generations * arguments.max_new_tokens
+    tokens = wanted.prompts * wanted.completions * wanted.max_new_tokens
     rate = gemm_rate()
     floor = needed_products(policy.network.config, rollouts)
-    result = {
+    return {
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds["total"],
+        "rollout_tokens_per_second": tokens / seconds["rollout"],
         "peak_memory_bytes": peak_memory(),
         "peak_memory_excludes_first_step": memory_is_fresh,
         "limit": {
@@ -109,20 +137,16 @@ def main(argv: list[str] | None = None) -> int:
         "gap_mean": metrics["gap/mean"],
         "work": {
             "parameters": parameters,
-            "prompts": arguments.prompts,
-            "generations": arguments.generations,
-            "max_new_tokens": arguments.max_new_tokens,
+            "prompts": wanted.prompts,
+            "generations": wanted.completions,
+            "max_new_tokens": wanted.max_new_tokens,
+            "sampler": wanted.sampler,
+            "staleness": wanted.staleness,
             "packed": dataclasses.asdict(step.shapes),
         },
-        "command": "python scripts/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv),
         "versions": versions(),
         "devices": [str(device) for device in jax.devices()],
     }
-    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("median " + _line(seconds), f"peak {result['peak_memory_bytes'] / 2**20:.0f} MiB", sep="  ")
-    print(f"limit at {rate / 1e9:.0f} GFLOP/s: " + _line(result["limit"]["seconds"]))
-    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -135,6 +159,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True, help="measured steps, beside the first")
     parser.add_argument("--json", required=True, help="where the figures go")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
+    parser.add_argument("--staleness", type=int, default=0, help="batches that are sampled ahead; vllm alone")
+    parser.add_argument("--engine-cpus", type=int, default=VllmConfig.cpus, help="threads of vLLM's engine on a CPU")
     defaults = LearnerConfig()
     parser.add_argument("--remat", choices=("none", "attention", "full"), default=defaults.remat)
     parser.add_argument("--logprob-chunk", type=int, default=defaults.logprob_chunk)

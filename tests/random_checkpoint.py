@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from weights_bridge.layout import layout
+from weights_bridge.stream import TensorStream
 
 KINDS = ("qwen2", "qwen2_vl", "qwen2_5_vl")
 CASES = [(kind, tied) for kind in KINDS for tied in (False, True)]
@@ -72,6 +73,16 @@ def renamed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return name
 
     return {new(name): tensor for name, tensor in tensors.items()}
+
+
+def joined(stream: TensorStream) -> dict[str, np.ndarray]:
+    """A stream's tensors, put together from what comes in its buckets."""
+    came = {spec.name: bytearray() for spec in stream.specs}
+    for bucket in stream.buckets():
+        for piece in bucket:
+            assert piece.start == len(came[piece.name])
+            came[piece.name] += piece.data.tobytes()
+    return {spec.name: np.frombuffer(came[spec.name], spec.dtype).reshape(spec.shape) for spec in stream.specs}
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

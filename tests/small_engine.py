@@ -77,7 +77,7 @@ class SmallEngine:
             await asyncio.sleep(0.005)
         self._updating, self._buckets = True, 0
 
-    async def receive(self, names: list[str], bucket: list[Any]) -> None:
+    async def receive(self, places: list[tuple[str, int]], bucket: list[Any]) -> None:
         await bucket[0]
         self._buckets += 1
         if self._buckets == 2 and self._fault == "raises":

@@ -31,6 +31,40 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A tensor on its way to an engine, or a part of one that is larger than a bucket.
+
+    Attributes:
+      name: the tensor's.
+      start: the byte of it, in the order of its elements, at which the piece begins.
+      data: uint8 `[bytes]`, for the other side may not know NumPy's bfloat16.
+    """
+
+    name: str
+    start: int
+    data: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A piece to be made.
+
+    Attributes:
+      number: the tensor's place in the stream.
+      rows: of its transform's view.
+      start: as in `Piece`.
+      nbytes: of the piece.
+      place: of its first byte in the bucket.
+    """
+
+    number: int
+    rows: slice
+    start: int
+    nbytes: int
+    place: int
+
+
 class TensorStream:
     """Iterates over (name, array), anew each time, in an order that is the same each time.
 
@@ -40,7 +74,7 @@ class TensorStream:
     On accelerators each tensor is cut out of its stack, transposed and gathered by a small program on the devices,
     and what comes next is on its way to the host while the consumer has this: the stream holds one tensor (iterated)
     or one bucket (`buckets`) beyond what the consumer keeps, on the host and, but for the moment of handing one over,
-    on a device. On CPUs the host does it, tensor by tensor, when it is asked.
+    on a device. On CPUs the host does it when it is asked, of a tensor that is larger than a bucket no more than that.
 
     Parameters that are spread over several processes are gathered by all of them together: each process must go
     through the same stream to its end, one that has no use for the tensors by `follow`.
@@ -66,7 +100,7 @@ class TensorStream:
           stored: names to give -> dtype of each, as `load.source_dtypes` returns them; canonical names and the
             leaves' own dtypes without it. A tied model whose source held its head gets it again.
           dtype: one dtype for all tensors, over `stored`'s.
-          bucket_bytes: largest bucket of `buckets`; a tensor that is larger is a bucket by itself.
+          bucket_bytes: largest bucket of `buckets`.
           for_engines: also cast on the devices, so that half as many bytes come to the host (XLA may round
             subnormal numbers to zero there, which a file should not suffer), and always send a tied model's head,
             the embedding once more: an engine that is updated without it goes on with its old head.
@@ -93,16 +127,27 @@ class TensorStream:
         return len(self.specs)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        for batch in self._batches([[number] for number in range(len(self))]):
-            yield batch.pop()
+        coming = self._begin_all([0])
+        for number, spec in enumerate(self.specs):
+            begun, coming = coming.pop(number), self._begin_all([number + 1] if number + 1 < len(self) else [])
+            # Handed out without a name of ours: what the consumer drops is gone.
+            yield spec.name, self._finish(number, begun)
+            del begun
 
-    def buckets(self) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """The same tensors in lists of at most `bucket_bytes`.
+    def buckets(self) -> Iterator[list[Piece]]:
+        """The same tensors in lists of at most `bucket_bytes`, or of one row; larger tensors in pieces, one after
+        another.
 
-        A loop's variable keeps its bucket until the next one has been made; a consumer that cannot afford two
-        deletes it when it is done.
+        The pieces of a bucket are valid until the next one is asked for: the host makes all buckets in one memory. A
+        loop's variable keeps what came from a device until the next bucket has been made; a consumer that cannot
+        afford two deletes it when it is done.
         """
-        return self._batches(split([spec.nbytes for spec in self.specs], self._bucket_bytes))
+        plan = self._plan()
+        memory = np.empty(max(bucket[-1].place + bucket[-1].nbytes for bucket in plan), np.uint8)
+        begun = self._begin_all(piece.number for piece in plan[0])
+        for bucket, following in zip(plan, [*plan[1:], []], strict=True):
+            begun |= self._begin_all(piece.number for piece in following if piece.start == 0)
+            yield [self._piece(piece, begun, memory) for piece in bucket]
 
     def on_device(self) -> Iterator[tuple[str, jax.Array]]:
         """The same tensors left on one device, each made when it is asked for: what engines on GPUs can read there."""
@@ -114,12 +159,37 @@ class TensorStream:
         for number in range(len(self)):
             jax.block_until_ready(self._begin(number))
 
-    def _batches(self, batches: Sequence[Sequence[int]]) -> Iterator[list[tuple[str, np.ndarray]]]:
-        coming = self._begin_all(batches[0])
-        for batch, following in zip(batches, [*batches[1:], []], strict=True):
-            begun, coming = coming, self._begin_all(following)
-            # Handed out without a name of ours: what the consumer drops is gone.
-            yield [(self.specs[number].name, self._finish(number, begun.pop(number))) for number in batch]
+    def _plan(self) -> list[list[_Plan]]:
+        """What goes into which bucket."""
+        plan = []
+        for numbers in split([spec.nbytes for spec in self.specs], self._bucket_bytes):
+            bucket, end = [], 0
+            for number in numbers:
+                nbytes, count = self.specs[number].nbytes, self._entries[number].transform.view[0]
+                bucket.append(_Plan(number, slice(0, count), 0, nbytes, end))
+                end += nbytes
+            if end <= self._bucket_bytes:
+                plan.append(bucket)
+                continue
+            row = nbytes // count
+            step = max(1, self._bucket_bytes // row)
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                plan.append([_Plan(number, rows, start * row, (rows.stop - start) * row, 0)])
+        return plan
+
+    def _piece(self, piece: _Plan, begun: dict[int, jax.Array | np.ndarray | None], memory: np.ndarray) -> Piece:
+        """Makes a piece, in `memory` where the host does it; forgets what was begun with the tensor's last."""
+        spec, entry = self.specs[piece.number], self._entries[piece.number]
+        if begun[piece.number] is None:
+            room = memory[piece.place : piece.place + piece.nbytes]
+            made = _on_host(self._leaf(piece.number), entry, spec.dtype, piece.rows, room).view(np.uint8)
+        else:
+            begun[piece.number] = whole = self._finish(piece.number, begun[piece.number])
+            made = whole.reshape(-1).view(np.uint8)[piece.start : piece.start + piece.nbytes]
+        if piece.start + piece.nbytes == spec.nbytes:
+            del begun[piece.number]
+        return Piece(spec.name, piece.start, made)
 
     def _begin_all(self, batch: Iterable[int]) -> dict[int, jax.Array | None]:
         begun = {number: self._begin(number) for number in batch}
@@ -150,7 +220,8 @@ class TensorStream:
         """The tensor on the host."""
         entry, dtype = self._entries[number], self.specs[number].dtype
         if begun is None:
-            return _on_host(self._leaf(number), entry, dtype)
+            rows = slice(0, entry.transform.view[0])
+            return _on_host(self._leaf(number), entry, dtype, rows).reshape(entry.shape)
         tensor = np.asarray(begun)
         if tensor.dtype == dtype:
             return tensor
@@ -225,22 +296,39 @@ def _is_on_host(leaf: Any) -> bool:
     return leaf.is_fully_addressable and all(device.platform == "cpu" for device in leaf.devices())
 
 
-def _on_host(leaf: Any, entry: Entry, dtype: np.dtype) -> np.ndarray:
-    """An entry's tensor from what the host can read: a view where that is enough, else one copy that does it all."""
-    layer = entry.layer
+def _on_host(
+    leaf: Any, entry: Entry, dtype: np.dtype, rows: slice, room: np.ndarray | None = None
+) -> np.ndarray:
+    """Some of an entry's tensor from what the host can read: a view where that is enough, else one copy that does it
+    all.
+
+    Args:
+      rows: of the view of the entry's transform.
+      room: uint8, memory for the copy; None makes new.
+
+    Returns:
+      Of `dtype`, flat.
+    """
+    order, layer = entry.transform.order, entry.layer
+    axis = order.index(0)  # where the leaf has these rows
     if not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1:
         part = np.asarray(leaf) if layer is None else np.asarray(leaf)[layer]
-        turned = part.transpose(np.argsort(entry.transform.order))
+        turned = part[(slice(None),) * axis + (rows,)].transpose(np.argsort(order))
         if turned.dtype == dtype and turned.flags.c_contiguous:
-            return turned.reshape(entry.shape)
-        parts = [((), part)]
+            return turned.reshape(-1)
+        parts = [((slice(None),) * part.ndim, part)]
     else:
         parts = list(_parts(leaf, layer))
-    tensor = np.empty(entry.shape, dtype)
-    as_leaf = entry.transform.to_leaf(tensor)
+    shape = (rows.stop - rows.start, *entry.transform.view[1:])
+    made = np.empty(math.prod(shape), dtype) if room is None else room.view(dtype)
+    as_leaf = made.reshape(shape).transpose(order)
     for index, part in parts:
-        copy_blocks(as_leaf[index], part)
-    return tensor
+        start, stop, _ = index[axis].indices(entry.transform.view[0])
+        low, high = max(start, rows.start), min(stop, rows.stop)
+        if low < high:
+            place = (*index[:axis], slice(low - rows.start, high - rows.start), *index[axis + 1 :])
+            copy_blocks(as_leaf[place], part[(slice(None),) * axis + (slice(low - start, high - start),)])
+    return made
 
 
 def _parts(leaf: jax.Array, layer: int | None) -> Iterator[tuple[tuple, np.ndarray]]:

@@ -66,6 +66,8 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         del os.environ["RAY_ADDRESS"]  # the config alone says where
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The store gives a bucket's memory back when its last reader is done, not up to a second later with others.
+    os.environ.setdefault("RAY_free_objects_batch_size", "1")
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"rollout.sampler vllm needs Ray, which is not installed: {INSTALL_HINT}")
     if not config.address and importlib.util.find_spec("vllm") is None:

@@ -53,7 +53,7 @@ class EngineActor:
         """What the learner's transport says of what comes now, as vLLM's `update_weights` takes it."""
         await asyncio.wrap_future(self._engine.receive(info))
 
-    async def receive(self, names: list[str], bucket: list[Any]) -> None:
+    async def receive(self, places: list[tuple[str, int]], bucket: list[Any]) -> None:
         """One bucket through the object store; `bucket` holds the reference, so that Ray does not fetch it first.
 
         Workers that are processes of their own get the reference and read the same memory.
@@ -62,9 +62,9 @@ class EngineActor:
 
         if self._apart:
             address = ray.get_runtime_context().gcs_address
-            info = {"names": names, "reference": ray.cloudpickle.dumps(bucket[0]), "ray_address": address}
+            info = {"places": places, "reference": ray.cloudpickle.dumps(bucket[0]), "ray_address": address}
         else:
-            info = {"names": names, "arrays": await bucket[0]}
+            info = {"places": places, "arrays": await bucket[0]}
         await asyncio.wrap_future(self._engine.receive(info))
 
     async def finish_update(self, version: int) -> None:
@@ -87,6 +87,8 @@ def _prepare_process(settings: EngineSettings) -> None:
     site = str(Path(cuda_builds.__file__).parent / "site")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
     cuda_builds.tolerate()
+    # Every sync makes each tensor anew on the way to its place; huge pages are the cheaper ones on a CPU.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if settings.cpu_threads:
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
         if settings.tensor_parallel > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):

@@ -174,6 +174,17 @@ class Fleet:
         self._thread.start()
 
     @property
+    def transport(self) -> Any:
+        """How weights travel."""
+        return self._transport
+
+    @property
+    def built(self) -> list[EngineInfo]:
+        """Of the engines that are there, with weights or without."""
+        with self._lock:
+            return [engine.info for engine in self._engines if engine.info is not None and not engine.lost]
+
+    @property
     def infos(self) -> list[EngineInfo]:
         """Of the engines that have weights."""
         with self._lock:

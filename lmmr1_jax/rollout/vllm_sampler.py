@@ -46,6 +46,7 @@ class VllmSampler:
 
     Attributes:
       fleet: the engines.
+      stream: makes the stream of parameters that a sync sends.
       version: of the loaded weights.
     """
 
@@ -58,7 +59,7 @@ class VllmSampler:
     ):
         self.fleet = fleet
         self.version: int | None = None
-        self._stream = stream
+        self.stream = stream
         self._settings, self._merged = settings, merge_size**2
         self._numbers = itertools.count()
 
@@ -70,7 +71,7 @@ class VllmSampler:
           version: how many updates they have seen; completions carry it.
           within: change them in the midst of completions.
         """
-        self.fleet.load(self._stream(params), version, within=within)
+        self.fleet.load(self.stream(params), version, within=within)
         self.version = version
 
     def rest(self) -> None:

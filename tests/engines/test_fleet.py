@@ -21,7 +21,7 @@ from small_engine import SmallEngine  # noqa: E402
 from lmmr1_jax.errors import SamplerLost, UserError  # noqa: E402
 from lmmr1_jax.rollout.vllm_fleet import MOST_ATTEMPTS, Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest  # noqa: E402
-from weights_bridge.stream import TensorSpec  # noqa: E402
+from weights_bridge.stream import Piece, TensorSpec  # noqa: E402
 from weights_bridge.vllm.sender import HostTransport  # noqa: E402
 
 PATIENT = FleetSettings(
@@ -38,7 +38,7 @@ class ThreeBuckets:
 
     def buckets(self):
         for spec in self.specs:
-            yield [(spec.name, np.zeros(spec.shape, spec.dtype))]
+            yield [Piece(spec.name, 0, np.zeros(spec.nbytes, np.uint8))]
 
 
 @pytest.fixture

@@ -134,12 +134,13 @@ DEVICES_SCRIPT = """
     import jax
     import numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from random_checkpoint import CASES, bfloat16, config_of, random_tensors, same_bits, write_checkpoint
+    from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
     from safetensors.numpy import load_file
 
     from weights_bridge.export import export
     from weights_bridge.layout import layout, leaves, lookup
     from weights_bridge.load import load
+    from weights_bridge.stream import TensorStream
 
     assert jax.device_count() == 8
     RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "vision_heads": "tensor",
@@ -169,6 +170,8 @@ DEVICES_SCRIPT = """
                 assert split > 5, split
                 export(params, source, folder / "out")
                 assert same_bits(load_file(folder / "out" / "model.safetensors"), tensors), folder
+                stream = TensorStream(params, layout(config), dtype=dtype, bucket_bytes=1_000)
+                assert same_bits(joined(stream), tensors), folder
     print("ok")
 """
 

@@ -10,10 +10,12 @@ layer is whole, so a fused projection may arrive in parts and in any order.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -43,13 +45,13 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     """One bucket.
 
     Attributes:
-      names: of the tensors, as in the checkpoint.
+      places: of its pieces: the tensor's name as in the checkpoint, and the byte of it at which the piece begins.
       arrays: their bytes in the same order, uint8 arrays that may be read-only views of shared memory; or
       reference: the pickled Ray reference to that list, for a worker that is a process of its own.
       ray_address: of the cluster that the reference belongs to.
     """
 
-    names: list[str]
+    places: list[tuple[str, int]]
     arrays: list[Any] = field(default_factory=list)
     reference: bytes = b""
     ray_address: str = ""
@@ -85,6 +87,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._missing = set(self._tensors)
+        self._parts: dict[str, torch.Tensor] = {}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -101,14 +104,26 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
           ValueError: a tensor that was not announced.
         """
         arrays = update_info.arrays or _fetch(update_info)
-        unknown = [name for name in update_info.names if name not in self._tensors]
+        unknown = [name for name, _ in update_info.places if name not in self._tensors]
         if unknown:
             raise ValueError(f"tensors that the learner did not announce: {unknown[:5]}")
-        self.model.load_weights(
-            (name, _tensor(array, *self._tensors[name]))
-            for name, array in zip(update_info.names, arrays, strict=True)
-        )
-        self._missing.difference_update(update_info.names)
+        whole = [self._take(*place, _bytes(array)) for place, array in zip(update_info.places, arrays, strict=True)]
+        came = [tensor for tensor in whole if tensor is not None]
+        self.model.load_weights(came)
+        self._missing.difference_update(name for name, _ in came)
+
+    def _take(self, name: str, start: int, data: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        """The tensor that a piece completes: over the piece's own memory where it is all of it."""
+        dtype, shape = self._tensors[name]
+        size = math.prod(shape) * dtype.itemsize
+        if data.numel() < size:
+            if start == 0:
+                self._parts[name] = torch.from_numpy(np.empty(size, np.uint8))  # in huge pages, unlike torch's
+            self._parts[name][start : start + data.numel()] = data
+            if start + data.numel() < size:
+                return None
+            data = self._parts.pop(name)
+        return name, data.view(dtype).view(shape)
 
     def finish_weight_update(self) -> None:
         """Closes the update.
@@ -126,11 +141,11 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         """Nothing is held between updates."""
 
 
-def _tensor(array: Any, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+def _bytes(array: Any) -> torch.Tensor:
     """The same memory as a tensor. It is only ever read, so that the array may be read-only."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(array).view(dtype).view(shape)
+        return torch.from_numpy(array)
 
 
 def _fetch(update_info: HostUpdateInfo) -> list[Any]:

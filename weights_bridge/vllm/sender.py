@@ -12,33 +12,36 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from weights_bridge.stream import TensorStream
 from weights_bridge.vllm.plugin import HOST_BACKEND
 
 POLL_SECONDS = 0.5
+AHEAD = 2
+"""Parts that are sent before the oldest of them must have been taken by all engines."""
 
 
 @dataclasses.dataclass
-class _Sent:
-    """A bucket on its way: its size, and the acknowledgements that are still out, by engine."""
+class SendTimes:
+    """Seconds of a send in which the learner's process made tensors, and put them into the store; the rest it waits."""
 
-    nbytes: int
-    acknowledgements: dict[int, Any]
+    make: float = 0.0
+    put: float = 0.0
 
 
 class HostTransport:
     """Sends a stream of tensors into engines.
 
     The learner's host holds less than two buckets beside the parameters, a bucket being the setting or the largest
-    tensor, whichever is larger. Buckets are therefore made half as large as the setting: one is being made while
-    another is read.
+    tensor, whichever is larger. What travels is therefore an eighth of the setting at a time, and larger tensors in
+    parts. One part is being made and `AHEAD` lie in the store for engines to read; for a moment there are also those
+    that the store has not dropped yet, or that wait in an engine for the other tensors of a fused layer. From an
+    accelerator a tensor comes to the host whole, and what comes next with it.
 
     Attributes:
       name: for the log.
       backend: the weight-transfer engine that vLLM must be told to use.
       introduces_itself: whether `send` initialises the engines; here their owner does, once.
+      times: of the last send.
     """
 
     name = "host"
@@ -61,55 +64,56 @@ class HostTransport:
         self._check = check
         self._bucket_bytes = bucket_bytes
         self._timeout = timeout
+        self.times = SendTimes()
 
     @property
     def stream_bytes(self) -> int:
         """What a stream's `bucket_bytes` must be."""
-        return max(1, self._bucket_bytes // 2)
+        return max(1, self._bucket_bytes // 8)
 
     def send(self, stream: TensorStream, engines: Sequence[Any]) -> dict[int, BaseException]:
         """Every tensor to every engine, which must have begun an update.
 
         Args:
           stream: made with `bucket_bytes=stream_bytes`.
-          engines: Ray handles with a method `receive(names, [reference])`.
+          engines: Ray handles with a method `receive([(name, first byte)], [reference to a list of uint8 arrays])`.
 
         Returns:
           The engines, by their place in `engines`, that did not take everything, and why. The others have it all.
         """
         import ray
 
-        limit = 2 * max(self._bucket_bytes, max(spec.nbytes for spec in stream.specs))
         lost: dict[int, BaseException] = {}
-        sent: collections.deque[_Sent] = collections.deque()
+        sent: collections.deque[dict[int, Any]] = collections.deque()
+        self.times = times = SendTimes()
+        start = time.perf_counter()
         for bucket in stream.buckets():
-            names = [name for name, _ in bucket]
-            # As bytes: the other side may not know NumPy's bfloat16.
-            arrays = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for _, array in bucket]
-            nbytes = sum(array.nbytes for array in arrays)
-            while sent and sum(other.nbytes for other in sent) + 2 * nbytes > limit:
+            made = time.perf_counter()
+            times.make += made - start
+            while len(sent) >= AHEAD:
                 self._settle(sent.popleft(), lost)
-            reference = ray.put(arrays)
-            del bucket, arrays
+            waited = time.perf_counter()
+            places = [(piece.name, piece.start) for piece in bucket]
+            reference = ray.put([piece.data for piece in bucket])
+            del bucket
             sent.append(
-                _Sent(
-                    nbytes,
-                    {
-                        index: engine.receive.remote(names, [reference])
-                        for index, engine in enumerate(engines)
-                        if index not in lost
-                    },
-                )
+                {
+                    index: engine.receive.remote(places, [reference])
+                    for index, engine in enumerate(engines)
+                    if index not in lost
+                }
             )
             del reference
+            start = time.perf_counter()
+            times.put += start - waited
         while sent:
             self._settle(sent.popleft(), lost)
         return lost
 
-    def _settle(self, sent: _Sent, lost: dict[int, BaseException]) -> None:
-        """Waits until every engine has taken the bucket or is lost; the store may then forget it."""
+    def _settle(self, calls: dict[int, Any], lost: dict[int, BaseException]) -> None:
+        """Waits until every engine has taken a bucket or is lost; the store may then forget it."""
         deadline = time.monotonic() + self._timeout
-        for index, acknowledgement in sent.acknowledgements.items():
+        for index, acknowledgement in calls.items():
             if index in lost:
                 continue
             if error := failure_of(acknowledgement, deadline, self._check):
