@@ -146,11 +146,11 @@ def short_ids(encoded: EncodedPrompt) -> np.ndarray:
 class LiveEngine:
     """An engine without a fleet: the test itself says when what happens."""
 
-    def __init__(self, folder: Path, *, actor: type = EngineActor, **settings: Any):
+    def __init__(self, folder: Path, **settings: Any):
         """Starts it; `settings` are fields of `EngineSettings` over those that a run would choose."""
         self.folder, self.settings = folder, engine_settings(folder, **settings)
         options = {"num_cpus": 1, "max_concurrency": 1000}
-        self.handle = ray.remote(actor).options(**options).remote(self.settings, side_files(folder))
+        self.handle = ray.remote(EngineActor).options(**options).remote(self.settings, side_files(folder))
         self._numbers, self._versions = itertools.count(), itertools.count()
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -211,14 +211,6 @@ def group(encoded: EncodedPrompt, asked: Any) -> Rollout:
 def finished(asked: Any, seconds: float = 0.0) -> bool:
     """Whether it has come, or comes within so many seconds."""
     return bool(ray.wait([asked], timeout=seconds)[0])
-
-
-class UnboundActor(EngineActor):
-    """For several workers on a machine with one NUMA node, over which vLLM refuses to spread their threads."""
-
-    def __init__(self, settings: EngineSettings, files: dict[str, bytes]):
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        super().__init__(settings, files)
 
 
 class PlainVllm:

@@ -40,7 +40,7 @@ async def live():
     await actor.built()
     await actor.initialise(announced)
     await actor.begin_update(False)
-    await actor.receive(list(tensors), [arrived()])
+    await actor.receive([(name, 0) for name in tensors], [arrived()])
     await actor.finish_update(3)
     return await actor.generate(request)
 
@@ -104,7 +104,7 @@ def test_a_run_with_vllm_imports_no_vllm_and_needs_no_torch_beside_the_learner(t
 def test_workers_that_are_processes_of_their_own_read_the_weights_from_the_object_store_and_end_with_their_engine(
     student, engine
 ):
-    live = cases.LiveEngine(engine.folder, actor=cases.UnboundActor, tensor_parallel=2)
+    live = cases.LiveEngine(engine.folder, tensor_parallel=2)
     process = psutil.Process(live.ask("built").pid)
     workers = process.children(recursive=True)
     assert len(workers) >= 2

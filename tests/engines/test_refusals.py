@@ -71,11 +71,11 @@ def test_an_update_that_is_not_whole_is_refused_and_leaves_an_engine_that_sample
     stranger.ask("initialise", stranger.announcement())
     stranger.ask("begin_update", False)
     *most, (last, array) = stranger.stream(load(stranger.folder))
-    assert "model.stranger" in refusal(stranger, "receive", ["model.stranger"], [ray.put([as_bytes(array)])])
+    assert "model.stranger" in refusal(stranger, "receive", [("model.stranger", 0)], [ray.put([as_bytes(array)])])
     refusal(stranger, "finish_update", 7)
     assert not cases.finished(stranger.begin(encoded, 1, 4), 0.5)
     stranger.ask("begin_update", False)
-    stranger.ask("receive", [name for name, _ in most], [ray.put([as_bytes(array) for _, array in most])])
+    stranger.ask("receive", [(name, 0) for name, _ in most], [ray.put([as_bytes(array) for _, array in most])])
     line = refusal(stranger, "finish_update", 7)
     assert "lacks 1 tensor" in line and last in line
     assert not cases.finished(stranger.begin(encoded, 1, 4), 0.5)
