@@ -52,6 +52,8 @@ print(json.dumps([completion.token_ids.tolist(), loaded]))
 
 LEARNER = """
 import json, sys
+from lmmr1_jax.config_cli import parse_train_config
+parse_train_config(sys.argv[1:], prog="")  # tyro, once at its start, takes a name in sys.modules for the module
 sys.modules["torch"] = None  # to Python, not installed: transformers imports it wherever it is
 from lmmr1_jax.train import main
 
