@@ -126,7 +126,7 @@ def ray():
     if ray.is_initialized():  # by another test, which will also end it
         yield ray
         return
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield ray
     ray.shutdown()
 
