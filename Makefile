@@ -16,10 +16,10 @@ demo: $(VENV)/.core
 demo-vllm: $(VENV)/.vllm
 	$(BIN)/python -m lmmr1_jax.train --config configs/rloo_vllm.py --run.dir $(OUT) --run.seed $(SEED)
 
-# Tests of engines start, kill and stop processes by the dozen: what fails there must fail twice.
+# Engines share one Ray cluster and the machine's cores: their tests come one after the other.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest tests --ignore tests/engines
-	$(BIN)/python -m pytest tests/engines || $(BIN)/python -m pytest tests/engines --last-failed
+	$(BIN)/python -m pytest tests --ignore tests/engines --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest tests/engines
 
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet ruff

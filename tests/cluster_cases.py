@@ -19,7 +19,7 @@ from lmmr1_jax.errors import SamplerLost, UserError
 from lmmr1_jax.rollout.ray_cluster import connected, reserved
 from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest
-from weights_bridge.stream import TensorSpec
+from weights_bridge.stream import Piece, TensorSpec
 from weights_bridge.vllm.sender import HostTransport
 
 START_TIMEOUT = 3.0
@@ -31,7 +31,7 @@ class ThreeBuckets:
 
     def buckets(self):
         for spec in self.specs:
-            yield [(spec.name, np.zeros(spec.shape, spec.dtype))]
+            yield [Piece(spec.name, 0, np.zeros(spec.nbytes, np.uint8))]
 
 
 def tell(case: str, **what) -> None:

@@ -20,6 +20,7 @@ from lmmr1_jax.errors import SamplerLost  # noqa: E402
 from lmmr1_jax.rollout.jax_sampler import sampling_key  # noqa: E402
 from lmmr1_jax.rollout.vllm_sampler import open_sampler  # noqa: E402
 from lmmr1_jax.tasks.shapes import shape_prompts  # noqa: E402
+from weights_bridge.stream import Piece  # noqa: E402
 
 TOKENS = 48
 VLLM = dict(cpus=1, max_sequences=16, kv_cache_gib=0.125, pictures=1, bucket_mib=1, sync_timeout=120.0)
@@ -141,7 +142,7 @@ def test_a_killed_engine_costs_no_completion_and_is_replaced_by_another_one_with
 def test_an_update_that_is_cut_off_leaves_no_engine_with_half_of_it(case):
     pids = case.await_both()
     case.sampler.forget()
-    stream = case.sampler._stream(case.weights[1])
+    stream = case.sampler.stream(case.weights[1])
 
     class CutOff:
         """The stream, during which an engine dies when it has the first bucket, the first time."""
@@ -167,7 +168,7 @@ def test_an_update_that_is_cut_off_leaves_no_engine_with_half_of_it(case):
 def test_an_update_that_engines_refuse_is_none_and_the_next_ones_have_the_whole(case):
     case.await_both()
     case.sampler.forget()
-    stream = case.sampler._stream(case.weights[0])
+    stream = case.sampler.stream(case.weights[0])
 
     class Strange:
         """The stream, with a tensor that nobody announced in the middle of it, the first time."""
@@ -179,7 +180,7 @@ def test_an_update_that_engines_refuse_is_none_and_the_next_ones_have_the_whole(
             self.times += 1
             for number, bucket in enumerate(stream.buckets()):
                 if number == 1 and self.times == 1:
-                    yield [("unheard.of", np.zeros(4, np.float32))]
+                    yield [Piece("unheard.of", 0, np.zeros(16, np.uint8))]
                 yield bucket
 
     said = []

@@ -54,7 +54,7 @@ def fleets(cluster):
             actor = ray.remote(SmallEngine).options(num_cpus=0, max_concurrency=1000)
             return actor.remote((faults or {}).get((place, before), ""))
 
-        transport = HostTransport(bucket_bytes=1, timeout=settings.sync_timeout)
+        transport = HostTransport(bucket_bytes=1, timeout=settings.sync_timeout, check=check)
         made.append(Fleet(settings, make or make_engine, transport, {}, say=said.append, check=check))
         made[-1].said = said
         return made[-1]
