@@ -1,6 +1,6 @@
 """Engines on the machines of a Ray cluster: work goes out as they get free, comes back once, and survives them.
 
-    fleet = Fleet(make_engine, slots=4, transport=HostTransport(), ...)
+    fleet = Fleet(settings, make_engine, HostTransport(), init_info)
     fleet.load(stream, version)             # every engine has these weights, or is replaced
     ticket = fleet.submit(requests)         # returns at once
     groups = fleet.collect(ticket)          # in the order of the requests
@@ -20,13 +20,13 @@ import contextlib
 import dataclasses
 import logging
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.rollout.vllm_faults import cause_of, reason_for
 from lmmr1_jax.rollout.vllm_protocol import (
     EngineFailed,
     EngineInfo,
@@ -35,75 +35,15 @@ from lmmr1_jax.rollout.vllm_protocol import (
     RequestRefused,
     SampledCompletion,
 )
+from lmmr1_jax.rollout.vllm_work import MOST_ATTEMPTS, Engine, Ticket, Work
 from weights_bridge.vllm.sender import failure_of
 
 _log = logging.getLogger(__name__)
 
-MOST_ATTEMPTS = 4
-"""Engines that may fail over one request before the request is to blame."""
-SHARED_ATTEMPTS = 2
-"""After so many failures a request gets an engine for itself: the next failure is nobody else's."""
 CLOSE_SECONDS = 2.0
 """For engines to put away their files before their processes end."""
 TICK_SECONDS = 1.0
 _POLL_SECONDS = 0.5
-
-
-class Ticket:
-    """Requests that belong together, and what has come of them; made by `Fleet.submit`."""
-
-    def __init__(self, requests: int):
-        self.groups: list[list[SampledCompletion] | None] = [None] * requests
-        self.missing = requests
-        self.failure: UserError | None = None
-
-
-@dataclasses.dataclass(eq=False)
-class _Work:
-    """One request on its way."""
-
-    request: GroupRequest
-    ticket: Ticket
-    index: int
-    failures: int = 0
-    since: float = 0.0
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it may be what the engines fail over."""
-        return self.failures >= SHARED_ATTEMPTS
-
-
-@dataclasses.dataclass(eq=False)
-class _Engine:
-    """One incarnation of the engine at a place. It goes from built (`info`) to loaded (`version`), at any time to
-    lost."""
-
-    place: int
-    handle: Any
-    failures: int
-    before: str = ""
-    """What its predecessor failed with."""
-    info: EngineInfo | None = None
-    version: int | None = None
-    lost: bool = False
-    work: dict[Any, _Work] = dataclasses.field(default_factory=dict)
-
-    @property
-    def busy(self) -> int:
-        """Completions that it has been asked for."""
-        return sum(work.request.completions for work in self.work.values())
-
-    @property
-    def loaded(self) -> bool:
-        """Whether it may be asked for completions."""
-        return self.version is not None and not self.lost
-
-    def takes(self, work: _Work, limit: int) -> bool:
-        """Whether it has room for `work`."""
-        if not self.loaded or any(other.suspect for other in self.work.values()):
-            return False
-        return not self.work if work.suspect else self.busy < limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +98,7 @@ class Fleet:
         self._settings, self._make_engine, self._say, self._check = settings, make_engine, say, check
         self._transport, self._init_info = transport, init_info
         self._lock = threading.Condition()
-        self._waiting: collections.deque[_Work] = collections.deque()
+        self._waiting: collections.deque[Work] = collections.deque()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._stream: Any = None
         self._version: int | None = None
@@ -166,7 +106,7 @@ class Fleet:
         self._made = collections.Counter()
         self._none_since = time.monotonic()
         self._broken: BaseException | None = None
-        self._engines: list[_Engine] = []
+        self._engines: list[Engine] = []
         with self._lock:
             for place in range(settings.engines):
                 self._start(place, failures=0)
@@ -215,7 +155,7 @@ class Fleet:
         """Hands the requests out as engines get free. Names must be unique among all requests on their way."""
         ticket = Ticket(len(requests))
         with self._lock:
-            self._waiting.extend(_Work(request, ticket, index) for index, request in enumerate(requests))
+            self._waiting.extend(Work(request, ticket, index) for index, request in enumerate(requests))
             self._hand_out()
         return ticket
 
@@ -242,7 +182,7 @@ class Fleet:
             engines = [engine for engine in self._engines if engine.loaded]
         groups = []
 
-        def ask(engine: _Engine) -> Any:
+        def ask(engine: Engine) -> Any:
             return engine.handle.generate.remote(dataclasses.replace(request, name=f"{request.name}@{engine.place}"))
 
         for _, call in self._each(engines, ask, self._settings.request_timeout):
@@ -277,7 +217,7 @@ class Fleet:
             self._check()
             with self._lock:
                 if self._broken is not None:
-                    raise SamplerLost(f"the fleet of vLLM engines failed: {_reason(self._broken)}") from self._broken
+                    raise SamplerLost(f"the fleet of vLLM engines failed: {reason_for(self._broken)}") from self._broken
                 if reached():
                     return
                 if (fault := self._hopeless()) is not None:
@@ -287,7 +227,7 @@ class Fleet:
                     continue
             self._sync(within=True)
 
-    def _unsynced(self) -> list[_Engine]:
+    def _unsynced(self) -> list[Engine]:
         if self._stream is None:
             return []
         return [e for e in self._engines if e.info is not None and not e.lost and e.version != self._version]
@@ -326,8 +266,8 @@ class Fleet:
             self._hand_out()
 
     def _each(
-        self, engines: Sequence[_Engine], call: Callable[[_Engine], Any], seconds: float
-    ) -> list[tuple[_Engine, Any]]:
+        self, engines: Sequence[Engine], call: Callable[[Engine], Any], seconds: float
+    ) -> list[tuple[Engine, Any]]:
         """Asks all at once; those that answered in time, each with its call. The others are lost.
 
         Raises:
@@ -340,7 +280,7 @@ class Fleet:
             error = failure_of(reference, deadline, self._check)
             if error is None:
                 answered.append((engine, reference))
-            elif refused := _cause(error, RequestRefused):
+            elif refused := cause_of(error, RequestRefused):
                 raise UserError(str(refused))
             else:
                 self._lose(engine, error)
@@ -349,7 +289,7 @@ class Fleet:
     # What follows is said with the lock held.
 
     def _start(self, place: int, failures: int, before: str = "") -> None:
-        engine = _Engine(place, self._make_engine(place, self._made[place]), failures, before)
+        engine = Engine(place, self._make_engine(place, self._made[place]), failures, before)
         self._made[place] += 1
         self._engines = [other for other in self._engines if other.place != place] + [engine]
         self._hear(engine.handle.built.remote(), lambda result: self._built(engine, result))
@@ -368,12 +308,12 @@ class Fleet:
             engine.work[call] = work
             self._hear(call, lambda result, call=call, engine=engine: self._finished(engine, call, result))
 
-    def _finished(self, engine: _Engine, call: Any, result: Any) -> None:
+    def _finished(self, engine: Engine, call: Any, result: Any) -> None:
         work = engine.work.pop(call, None)
         if work is None:  # lost before; somebody else does it now
             return
         if isinstance(result, BaseException):
-            if refused := _cause(result, RequestRefused):
+            if refused := cause_of(result, RequestRefused):
                 self._fail(work.ticket, str(refused))
             else:
                 engine.work[call] = work
@@ -384,7 +324,7 @@ class Fleet:
             work.ticket.missing -= 1
         self._hand_out()
 
-    def _built(self, engine: _Engine, result: Any) -> None:
+    def _built(self, engine: Engine, result: Any) -> None:
         if isinstance(result, BaseException):
             self._replace(engine, result)
             return
@@ -400,13 +340,13 @@ class Fleet:
 
         self._hear(engine.handle.initialise.remote(self._init_info), initialised)
 
-    def _replace(self, engine: _Engine, error: BaseException) -> None:
+    def _replace(self, engine: Engine, error: BaseException) -> None:
         """The engine is gone: its work goes to the front of the queue, a new one to its place."""
         if engine.lost:
             return
         engine.lost, engine.version = True, None
         _kill(engine.handle)
-        reason = _reason(error)
+        reason = reason_for(error)
         for work in reversed(engine.work.values()):
             work.failures += 1
             self._waiting.appendleft(work)
@@ -420,8 +360,8 @@ class Fleet:
             self._none_since = time.monotonic()
         where = "" if engine.info is None else f" on {engine.info.host}"
         # What two say in the same words before they are built, the next would say too.
-        again = engine.info is None and reason == engine.before and _cause(error, EngineFailed)
-        if _cause(error, EngineUnfit) or again or engine.failures >= self._settings.restarts:
+        again = engine.info is None and reason == engine.before and cause_of(error, EngineFailed)
+        if cause_of(error, EngineUnfit) or again or engine.failures >= self._settings.restarts:
             self._given_up[engine.place] = reason
             if len(self._given_up) < self._settings.engines:  # else it is what `_hopeless` says
                 self._say(f"vLLM engine {engine.place}{where} is given up: {reason}")
@@ -438,7 +378,7 @@ class Fleet:
 
     # What follows is said by whoever hears of it.
 
-    def _lose(self, engine: _Engine, error: BaseException) -> None:
+    def _lose(self, engine: Engine, error: BaseException) -> None:
         with self._lock:
             self._replace(engine, error)
             self._lock.notify_all()
@@ -493,31 +433,3 @@ def _value(call: Any) -> Any:
     import ray
 
     return ray.get(call)
-
-
-def _cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """Ray wraps what an actor raised."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, kind) else error if isinstance(error, kind) else None
-
-
-def _reason(error: BaseException) -> str:
-    """One line: what an engine said of itself, or what Ray knows of its end."""
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
-
-    cause = getattr(error, "cause", None) or error
-    text = str(cause)
-    if isinstance(cause, EngineFailed):
-        return text
-    if isinstance(cause, GetTimeoutError):
-        return "it does not answer (vllm.sync_timeout)"
-    if isinstance(cause, ActorUnavailableError):
-        return "its process can't be reached"
-    if isinstance(cause, ActorDiedError):
-        if "its node has died" in text:
-            return "its machine is gone"
-        if "creation task" not in text:
-            return "its process died"
-        # A traceback; the exception's own words stand behind the last of its indented lines.
-        return " ".join(re.split(r"^\s.*\n", text, flags=re.MULTILINE)[-1].split())[:300]
-    return f"{type(cause).__name__}: {' '.join(text.split())[:300] or 'no message'}"

@@ -25,8 +25,9 @@ from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.models.network import Network
 from lmmr1_jax.rollout.ray_cluster import reserved
-from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings, Ticket
+from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.vllm_protocol import EngineSettings, GroupRequest
+from lmmr1_jax.rollout.vllm_work import Ticket
 from lmmr1_jax.types import Completion, EncodedPrompt
 from weights_bridge.layout import layout
 from weights_bridge.stream import TensorStream

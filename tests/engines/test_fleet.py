@@ -19,8 +19,9 @@ import ray  # noqa: E402
 from small_engine import SmallEngine  # noqa: E402
 
 from lmmr1_jax.errors import SamplerLost, UserError  # noqa: E402
-from lmmr1_jax.rollout.vllm_fleet import MOST_ATTEMPTS, Fleet, FleetSettings  # noqa: E402
+from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest  # noqa: E402
+from lmmr1_jax.rollout.vllm_work import MOST_ATTEMPTS  # noqa: E402
 from weights_bridge.stream import Piece, TensorSpec  # noqa: E402
 from weights_bridge.vllm.sender import HostTransport  # noqa: E402
 
