@@ -1,31 +1,17 @@
 """Device count and mesh shape change speed, never the loss or the gradient, the policy's or its critic's; a checkpoint
 goes on on any of them."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from whole_runs import on_eight_devices
 
-HERE = pathlib.Path(__file__).parent
 MESHES = ("data and tensor", "fsdp", "all")
 
 
 @pytest.fixture(scope="module")
 def found():
-    root = HERE.parent.parent
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(root), str(HERE.parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "eight_devices.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(Path(__file__).parent / "eight_devices.py", ["--xla_backend_optimization_level=0"])
 
 
 def test_eight_devices_are_simulated_and_gradients_are_accumulated(found):

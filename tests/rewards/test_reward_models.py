@@ -1,17 +1,15 @@
 """Reward models as sources: what fits a policy and what doesn't, devices, shapes, faults."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import tiny_reward_model
+from whole_runs import on_eight_devices
 
 from lmmr1_jax.assembly import TINY_MODEL
 from lmmr1_jax.compilation import CompilationCounter
@@ -26,7 +24,6 @@ from lmmr1_jax.rewards.specs import ModelSpec, check_rewards, read_models
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types import Completion, Rollout
 
-HERE = pathlib.Path(__file__).parent
 MESHES = ("data and tensor", "fsdp", "all")
 
 
@@ -187,17 +184,7 @@ def test_entries_that_make_no_sense_are_refused_before_anything_is_loaded(folder
 
 @pytest.fixture(scope="module")
 def found():
-    root = HERE.parent.parent
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(root), str(HERE.parent)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "score_on_meshes.py")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices(Path(__file__).parent / "score_on_meshes.py", ["--xla_backend_optimization_level=0"])
 
 
 @pytest.mark.parametrize(("mesh", "parts"), zip(MESHES, (2, 8, 4), strict=True))

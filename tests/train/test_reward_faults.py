@@ -3,13 +3,13 @@
 import json
 import socket
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import whole_runs
+from whole_runs import lines
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "--config configs/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 4 "
     "--eval.max-new-tokens 4 --tracking.tensorboard False"
@@ -20,13 +20,7 @@ def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     data = folder.parent / "counting.jsonl"
     rows = [{"message": [{"role": "user", "content": f"{i} and 1?"}], "answer": str(i + 1)} for i in range(40)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    flags = ("--data.path", str(data), *flags)
-    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.dir", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return whole_runs.train(folder, *SMALL, "--data.path", str(data), *flags)
 
 
 def test_a_function_that_fails_ends_the_run_with_a_checkpoint_to_resume_from(tmp_path):

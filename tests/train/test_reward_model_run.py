@@ -3,15 +3,15 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_reward_model
+import whole_runs
+from whole_runs import lines
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "--config configs/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
     "--checkpoint.every 1 --tracking.tensorboard False"
@@ -19,12 +19,7 @@ SMALL = (
 
 
 def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.dir", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return whole_runs.train(folder, *SMALL, *flags)
 
 
 @pytest.fixture(scope="module")

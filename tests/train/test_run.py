@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import whole_runs
 from safetensors import safe_open
+from whole_runs import ROOT, lines
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "--config configs/rloo.py --run.steps 3 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
     "--checkpoint.every 2"
@@ -20,12 +21,7 @@ SMALL = (
 
 
 def train(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.dir", str(folder), *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return whole_runs.train(folder, *SMALL, *flags)
 
 
 @pytest.fixture(scope="module")
