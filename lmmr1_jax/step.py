@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmr1_jax.algorithms import registry
+from lmmr1_jax.algorithms import losses, registry, value_loss
 from lmmr1_jax.algorithms.kl import adapted_coefficient
 from lmmr1_jax.algorithms.overlong import with_overlong_penalty
 from lmmr1_jax.algorithms.ppo import critic_metrics
@@ -34,6 +34,8 @@ from lmmr1_jax.types import EncodedPrompt, PackedBatch, Rollout
 
 _LAST = ("learning_rate", "skipped_updates", "value/learning_rate")
 """Metrics of which a step tells the last update's."""
+_PER_TOKEN = {*losses.METRICS, *value_loss.METRICS} - {"loss/policy"}
+"""Metrics that are means over an update's tokens; what the policy's loss is a mean of, its aggregation says."""
 
 Judge = Callable[[Sequence[Rollout]], list[Rollout]]
 
@@ -167,15 +169,20 @@ class Step:
         ]
 
     def update(self, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
-        """All updates of the step. Metrics are means over the updates, but for the gap (the first update's, whose
-        weights are those that sampled) and for what counts on (the last's)."""
-        told = []
+        """All updates of the step. Metrics are means over the tokens of all updates, or over the updates where an
+        update has one number; but for the gap (the first update's, whose weights are those that sampled) and for what
+        counts on (the last's)."""
+        told, tokens = [], []
         self.policy.sampler.forget()
         for _ in range(self.config.learner.epochs):
             for batch in batches:
                 state, metrics = self.learner.update(state, batch)
                 told.append(metrics)
-        combined = {name: float(np.mean([metrics[name] for metrics in told])) for name in told[0]}
+                tokens.append(float(batch.tokens_total))
+        combined = {
+            name: float(np.average([m[name] for m in told], weights=tokens if name in _PER_TOKEN else None))
+            for name in told[0]
+        }
         combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
         combined |= {name: told[-1][name] for name in _LAST if name in told[-1]}
         combined |= self._told | {"kl_coefficient": self.kl_coefficient}
