@@ -17,7 +17,8 @@ def overlong(length: int, limit: int, share: float) -> float:
 
 
 def with_overlong_penalty(rollouts: Sequence[Rollout], config: AlgorithmConfig, limit: int) -> list[Rollout]:
-    """The rollouts with the part `overlong` in every reward, and in its total, times `overlong_penalty`.
+    """The rollouts with the part `overlong` in every reward, and in its total, times `overlong_penalty`; a completion
+    that could not be judged stays at 0.
 
     Args:
       rollouts: groups with their rewards.
@@ -29,7 +30,7 @@ def with_overlong_penalty(rollouts: Sequence[Rollout], config: AlgorithmConfig, 
 
     def penalised(reward: Reward, length: int) -> Reward:
         part = overlong(length, limit, config.overlong_share)
-        total = reward.total + config.overlong_penalty * part
+        total = reward.total if reward.fault else reward.total + config.overlong_penalty * part
         return dataclasses.replace(reward, total=total, parts=reward.parts | {"overlong": part})
 
     return [
