@@ -65,7 +65,7 @@ def compare(config: TrainConfig, verifier: Verifier, steps: int, every: int, hel
     prompts, unseen = assembly.read_data(config, policy.processor, verifier, skips)
     feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
     learner = assembly.build_learner(config, policy, steps * registry.updates_per_rollout(config))
-    rewards = assembly.build_rewards(config, policy.processor, verifier, lambda: None)
+    rewards = assembly.build_rewards(config, policy, verifier, lambda: None)
     step = Step(config, policy, learner, rewards.score)
     states = {name: assembly.initial_state(config, policy, learner) for name in CRITICS}
     policy.sampler.load(policy.load(), 0)  # a copy of its own: updates donate theirs
