@@ -102,6 +102,8 @@ _READ_WITH: tuple[_Read, ...] = (
     ("aggregation_length", "aggregation", lambda kind: kind == "constant", "aggregation constant"),
     ("normalize_std", "normalize_advantages", lambda scope: scope != "none", "normalize_advantages group or batch"),
     ("overlong_penalty", "overlong_share", lambda share: share > 0, "an overlong_share above 0"),
+    ("kl_estimator", "kl_coefficient", lambda coefficient: coefficient > 0, "a kl_coefficient above 0"),
+    ("kl_placement", "kl_coefficient", lambda coefficient: coefficient > 0, "a kl_coefficient above 0"),
     ("kl_target", "kl_coefficient", lambda coefficient: coefficient > 0, "a kl_coefficient above 0"),
     ("kl_horizon", "kl_target", lambda target: target > 0, "a kl_target above 0"),
     ("importance_cap", "importance", lambda kind: kind != "none", "another importance than none"),
@@ -136,7 +138,8 @@ def checked(config: TrainConfig) -> TrainConfig:
                 f"{'do' if len(readers) > 1 else 'does'})"
             )
     for field, other, is_read, wanted in _READ_WITH:
-        if _is_set(given, field) and not is_read(getattr(filled, other)):
+        is_own = getattr(given, field) == chosen.own.get(field)  # written out, as in the `config.json` of a run
+        if _is_set(given, field) and not is_own and not is_read(getattr(filled, other)):
             raise UserError(
                 f"algorithm.{field} is set, but nothing reads it while algorithm.{other} is "
                 f"{getattr(filled, other)!r}: it needs {wanted}"

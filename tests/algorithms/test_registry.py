@@ -33,7 +33,7 @@ def test_the_config_offers_exactly_the_algorithms_of_the_table():
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_the_algorithms_own_values_yield_to_the_configs(name):
     given = dict(loss="cispo", clip_low=0.1, clip_high=0.7, aggregation="constant", normalize_advantages="batch",
-                 kl_estimator="k2", kl_placement="reward", overlong_share=0.5)  # fmt: skip
+                 kl_coefficient=0.1, kl_estimator="k2", kl_placement="reward", overlong_share=0.5)  # fmt: skip
     filled = registry.checked(config(name=name, **given, rollout={"max_new_tokens": 33})).algorithm
     assert {field: getattr(filled, field) for field in given} == given
     assert filled.aggregation_length == 33
@@ -52,6 +52,8 @@ def test_the_algorithms_own_values_yield_to_the_configs(name):
         (dict(aggregation_length=9), "algorithm.aggregation is 'token': it needs aggregation constant"),
         (dict(normalize_std=False), "algorithm.normalize_advantages is 'none'"),
         (dict(overlong_penalty=0.5), "it needs an overlong_share above 0"),
+        (dict(kl_estimator="k3"), "it needs a kl_coefficient above 0"),
+        (dict(name="grpo", kl_placement="reward"), "it needs a kl_coefficient above 0"),
         (dict(kl_target=0.1), "it needs a kl_coefficient above 0"),
         (dict(kl_coefficient=0.1, kl_horizon=5.0), "it needs a kl_target above 0"),
         (dict(importance="none", importance_cap=3.0), "algorithm.importance is 'none'"),
