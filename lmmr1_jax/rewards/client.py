@@ -3,6 +3,8 @@
     POST {"query": [prompt + completion, ...], "prompts": [prompt, ...], "labels": [gold answer, ...]}
     -> {"rewards": [1.5, ...], and other lists of the same length, each a part of its own}
 
+Our own server names in "faults" what it could not judge: such a completion is counted and earns 0, as with the rules.
+
 What comes back is data from another machine: at most so many bytes of it are read, as JSON, and every number is looked
 at. Redirects are not followed, and nothing of the environment (proxies, credentials) is used.
 """
@@ -36,6 +38,9 @@ COMPLETIONS_PER_REQUEST = 64
 
 LONGEST_WAIT = 60.0
 """Seconds between two tries."""
+
+
+_FAULTS = [None, "timeout", "died", "error"]
 
 
 class ServerError(Exception):
@@ -115,7 +120,8 @@ class ServerSource:
         for number in range(1, tries + 1):
             url = self._urls[next(self._turn) % len(self._urls)]
             try:
-                rewards = read_answer(post(url, body, self._config.url_timeout, 65_536 + 1024 * count), count)
+                content = post(url, body, self._config.url_timeout, 65_536 + 1024 * count)
+                rewards, faults = read_answer(content, count)
             except ServerError as error:
                 if number < tries and not error.certain:
                     given_up.wait(min(self._config.url_wait * 2.0 ** min(number - 1, 16), LONGEST_WAIT))
@@ -126,16 +132,16 @@ class ServerSource:
                 fault = Fault("timeout" if error.timeout else "error", f"{url}: {error}{times}")
                 return [[fault] * len(group.texts) for group in groups]
             self._down = False
-            verdicts = iter(self._reward(rewards, row) for row in range(count))
+            verdicts = iter(self._reward(rewards, row, faults[row]) for row in range(count))
             return [[next(verdicts) for _ in group.texts] for group in groups]
         raise AssertionError("unreachable")
 
-    def _reward(self, rewards: dict[str, list[float]], row: int) -> Reward:
+    def _reward(self, rewards: dict[str, list[float]], row: int, fault: str | None) -> Reward:
         parts = {
             self.name if key == "rewards" else f"{self.name}/{key.removesuffix('_rewards')}": column[row]
             for key, column in rewards.items()
         }
-        return Reward(self._weight * rewards["rewards"][row], parts)
+        return Reward(0.0 if fault else self._weight * rewards["rewards"][row], parts, fault)
 
 
 def post(url: str, body: bytes, timeout: float, most_bytes: int) -> bytes:
@@ -192,8 +198,9 @@ def post(url: str, body: bytes, timeout: float, most_bytes: int) -> bytes:
         connection.close()
 
 
-def read_answer(content: bytes, count: int) -> dict[str, list[float]]:
-    """The lists of numbers in an answer, "rewards" among them; what else it holds is left out.
+def read_answer(content: bytes, count: int) -> tuple[dict[str, list[float]], list[str | None]]:
+    """The lists of numbers in an answer, "rewards" among them, and each completion's fault if the server names any;
+    what else it holds is left out.
 
     Raises:
       ServerError: it is no JSON object, or a list of rewards is of another length or holds what is no finite number.
@@ -212,7 +219,10 @@ def read_answer(content: bytes, count: int) -> dict[str, list[float]]:
             size = f"{len(column)} values" if isinstance(column, list) else type(column).__name__
             raise ServerError(f"{key!r} holds {size} for {count} completions")
         found[key] = [_number(value, key) for value in column]
-    return found
+    faults = answer.get("faults")
+    if not isinstance(faults, list) or len(faults) != count or not all(kind in _FAULTS for kind in faults):
+        faults = [None] * count  # another server's own business
+    return found, faults
 
 
 def _number(value: Any, key: str) -> float:

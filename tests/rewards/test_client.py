@@ -134,6 +134,15 @@ def test_the_contract_is_lmm_r1s_and_every_list_is_a_part():
     assert one == Reward(0.5 * 12, {"judge": 12.0, "judge/acc": 1.0}) and (two.total, three.total) == (0.0, 1.5)
 
 
+def test_what_the_server_could_not_judge_is_counted_and_earns_nothing():
+    named = b'{"rewards": [1.5, 0.5], "faults": ["timeout", null]}'
+    others = [b'{"rewards": [1.5, 0.5], "faults": %s}' % faults for faults in (b"2", b'["no", {}]', b'["died"]')]
+    with serving(*map(answering, (named, *others))) as server:
+        told = [judge(source(server.url), rollout(["a", "b"]))[0] for _ in range(4)]
+    assert told[0] == [Reward(0.0, {"judge": 1.5}, "timeout"), Reward(0.25, {"judge": 0.5})]
+    assert [[verdict.fault for verdict in group] for group in told[1:]] == [[None, None]] * 3
+
+
 BAD = {
     "hangs up": hang_up,
     "dies half-way": die_halfway,
