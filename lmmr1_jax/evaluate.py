@@ -17,8 +17,8 @@ from typing import Any
 from lmmr1_jax.config_cli import run_cli
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.tools_cli import (
+    above_zero,
     add_sampling_flags,
-    not_negative,
     open_out,
     open_processor,
     open_sampler,
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         "--verifiers", nargs="+", default=(), metavar="SOURCE=VERIFIER", help="other verifiers for some data sources"
     )
     flags.add_argument("--verifier-key", default="verifier", help="key by which a row names its own (verifier)")
-    flags.add_argument("--timeout", type=not_negative, default=5.0, help="seconds for judging a completion")
+    flags.add_argument("--timeout", type=above_zero, default=5.0, help="seconds for judging a completion")
     flags.add_argument("--workers", type=positive, default=2, help="verifier processes")
     args = flags.parse_args(argv)
     if args.k > args.n:

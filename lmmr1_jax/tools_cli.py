@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def count(text: str) -> int:
 def not_negative(text: str) -> float:
     """A number from 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number from 0")
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def finite(text: str) -> float:
+    """A number."""
+    return _number(text, float, math.isfinite, "a finite number")
 
 
 def share(text: str) -> float:

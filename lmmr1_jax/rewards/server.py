@@ -34,7 +34,7 @@ from lmmr1_jax.errors import UserError
 from lmmr1_jax.rewards.choice import read_name
 from lmmr1_jax.rewards.pool import Inbox
 from lmmr1_jax.rewards.verifier import Verifier
-from lmmr1_jax.tools_cli import Parser, count, not_negative, positive
+from lmmr1_jax.tools_cli import Parser, above_zero, count, finite, positive
 
 RESPONSE_STARTS = re.compile(
     r"<\|im_start\|>assistant\n|<｜Assistant｜>|<start_of_turn>model\n|<\|assistant\|>\n?|Assistant: "
@@ -220,9 +220,9 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--port", type=count, default=5000, help="0 takes a free one and says which (default: 5000)")
     flags.add_argument("--variant", choices=("default", "lmm-r1"), default=rules.variant, help="rules (default)")
     flags.add_argument("--verifier", default=rules.verifier, help="where a request names none (default: math)")
-    flags.add_argument("--accuracy-weight", type=float, default=rules.accuracy_weight, help="of a right answer (1.0)")
-    flags.add_argument("--format-weight", type=float, default=rules.format_weight, help="of the right form (0.5)")
-    flags.add_argument("--timeout", type=not_negative, default=rules.timeout, help="seconds per completion (5)")
+    flags.add_argument("--accuracy-weight", type=finite, default=rules.accuracy_weight, help="of a right answer (1.0)")
+    flags.add_argument("--format-weight", type=finite, default=rules.format_weight, help="of the right form (0.5)")
+    flags.add_argument("--timeout", type=above_zero, default=rules.timeout, help="seconds per completion (5)")
     flags.add_argument("--workers", type=positive, default=os.cpu_count() or 2, help="processes (one per core)")
     flags.add_argument("--max-items", type=positive, default=defaults.items, help="completions in a request (1024)")
     flags.add_argument("--max-bytes", type=positive, default=defaults.body_bytes, help="of a request (33554432)")

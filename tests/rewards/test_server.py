@@ -161,7 +161,7 @@ def test_our_client_and_our_server_agree(server):
     groups = [Group(rollout([answer(3) + "<|im_end|>", HANG, answer(4)], prompt=f"Box: {MARK}What?{MARK}"), decode)]
     ((right, bomb, wrong),) = client.judge(groups)
     assert right.parts == {"judge": 1.5, "judge/format": 1.0, "judge/acc": 1.0}
-    assert (bomb.total, wrong.total) == (0.0, 0.5)
+    assert (bomb.total, wrong.total) == (0.0, 0.5) and (bomb.fault, wrong.fault) == ("timeout", None)
 
 
 REFUSED = {
@@ -238,6 +238,8 @@ def test_ending_it_ends_its_workers_even_busy_ones():
     "flags, words",
     [
         (["--port", "x"], "--port"),
+        (["--accuracy-weight", "nan"], "--accuracy-weight: must be a finite number, not 'nan'"),
+        (["--timeout", "0"], "--timeout: must be a number above 0, not '0'"),
         (["--verifier", "os"], "--verifier: there is no verifier 'os'"),
         (["--host", "192.0.2.1"], "cannot listen at 192.0.2.1 port 5000"),
         (["--port", "99999"], "cannot listen at 127.0.0.1 port 99999"),
