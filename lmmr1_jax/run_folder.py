@@ -16,7 +16,7 @@ from weights_bridge.errors import CheckpointError
 from weights_bridge.run_checkpoint import copy_side_files
 
 WORK = ("evaluations.jsonl", "metrics.jsonl")
-"""Files of which a run has one as soon as it has done anything."""
+"""Files of which a run that has done anything has one, or else a checkpoint: it may be stopped in its first step."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,8 @@ def open_run_folder(config: TrainConfig) -> Iterator[Path]:
     try:
         yield folder
     except (UserError, CheckpointError):
-        if not occupied and not any((folder / name).exists() for name in WORK):
+        work = [*(folder / "checkpoints").glob("[0-9]*"), *filter(Path.exists, map(folder.joinpath, WORK))]
+        if not occupied and not work:
             shutil.rmtree(folder)
         raise
 

@@ -1,0 +1,33 @@
+"""A run's folder: what a run leaves in it that wrong input ends, or that is stopped."""
+
+import dataclasses
+
+import pytest
+
+from lmmr1_jax.config import RunConfig, TrainConfig
+from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.run_folder import open_run_folder
+
+
+def opened(folder, **fields):
+    return open_run_folder(dataclasses.replace(TrainConfig(), run=RunConfig(dir=str(folder), **fields)))
+
+
+def test_wrong_input_leaves_no_folder_behind(tmp_path):
+    for _ in range(2):
+        with pytest.raises(UserError, match="no such model"), opened(tmp_path / "run") as folder:
+            (folder / "skipped.jsonl").touch()
+            raise UserError("no such model")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("work", ["checkpoints/0", "evaluations.jsonl", "metrics.jsonl"])
+def test_what_a_stopped_run_goes_on_from_is_never_removed(tmp_path, work):
+    with pytest.raises(SamplerLost), opened(tmp_path / "run") as folder:
+        (folder / work).mkdir()
+        raise SamplerLost("no engine is left")
+    assert (tmp_path / "run" / work).exists()
+    with pytest.raises(UserError, match="is not empty"), opened(tmp_path / "run"):
+        pass
+    with opened(tmp_path / "run", resume=True):
+        pass
