@@ -1,13 +1,18 @@
 """What a run may ask of an algorithm, and what it has to compute for it."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from lmmr1_jax.algorithms import registry
 from lmmr1_jax.config import AlgorithmConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.config_cli import load_config_file
 from lmmr1_jax.config_fields import field_types
 from lmmr1_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def config(learner=None, rollout=None, **algorithm):
@@ -132,3 +137,17 @@ def test_no_pass_is_made_that_nothing_needs():
 def test_resolving_touches_nothing_but_the_algorithm():
     given = config(name="dapo", rollout={"prompts": 3})
     assert dataclasses.replace(registry.resolved(given), algorithm=given.algorithm) == given
+
+
+def test_the_table_of_the_docs_says_what_the_registry_has():
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(configs/\w+\.py)` \|(.*)\|$", (ROOT / "docs" / "algorithms.md").read_text(), re.M
+    )
+    assert [name for name, *_ in rows] == list(registry.ALGORITHMS)
+    for name, preset, rest in rows:
+        _, loss, bounds, average, kl = (cell.strip() for cell in rest.split("|"))
+        own = registry.ALGORITHMS[name]
+        assert (loss, average) == (f"`{own.loss}`", f"`{own.aggregation}`")
+        assert tuple(float(bound) for bound in bounds.split(",")) == own.clip
+        assert kl.startswith(f"{own.kl[0]}, in the {own.kl[1]}")
+        assert load_config_file(ROOT / preset).algorithm.name == name
