@@ -203,6 +203,23 @@ def test_the_function_runs_in_another_process_that_ends_with_all_it_started(sour
         time.sleep(0.05)
 
 
+def test_as_many_prompts_are_judged_at_a_time_as_there_are_workers(source, tmp_path):
+    function = source(
+        f"""
+        import os, pathlib, time
+        def reward_func(queries, prompts, labels):
+            here = pathlib.Path({str(tmp_path)!r})
+            (here / f"began-{{labels[0]}}").touch()
+            while len(list(here.glob("began-*"))) < 2:  # until the other prompt is being judged too
+                time.sleep(0.01)
+            return [os.getpid()]
+        """,
+        function_workers=2,
+    )
+    ((one,), (other,)) = judge(function, rollout(["a"], "1"), rollout(["b"], "2"))
+    assert one.total != other.total
+
+
 def test_a_process_that_is_killed_is_replaced(source):
     function = source("import os\ndef reward_func(queries, prompts, labels): return [os.getpid()]")
     first = int(judge(function, rollout(["a"]))[0][0].total)
