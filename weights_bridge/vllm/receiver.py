@@ -88,6 +88,7 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
         self._missing = set(self._tensors)
         self._parts: dict[str, torch.Tensor] = {}
+        self._awaited: dict[str, int] = {}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -113,14 +114,19 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         self._missing.difference_update(name for name, _ in came)
 
     def _take(self, name: str, start: int, data: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """The tensor that a piece completes: over the piece's own memory where it is all of it."""
+        """The tensor that a piece completes: over the piece's own memory where it is all of it.
+
+        Pieces come in any order: buckets are fetched side by side, and over a network a small one overtakes.
+        """
         dtype, shape = self._tensors[name]
         size = math.prod(shape) * dtype.itemsize
         if data.numel() < size:
-            if start == 0:
+            if name not in self._parts:
                 self._parts[name] = torch.from_numpy(np.empty(size, np.uint8))  # in huge pages, unlike torch's
+                self._awaited[name] = size
             self._parts[name][start : start + data.numel()] = data
-            if start + data.numel() < size:
+            self._awaited[name] -= data.numel()
+            if self._awaited[name]:
                 return None
             data = self._parts.pop(name)
         return name, data.view(dtype).view(shape)
