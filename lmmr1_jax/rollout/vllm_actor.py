@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +62,14 @@ class EngineActor:
         """
         import ray
 
-        if self._apart:
-            address = ray.get_runtime_context().gcs_address
-            info = {"places": places, "reference": ray.cloudpickle.dumps(bucket[0]), "ray_address": address}
-        else:
+        if not self._apart:
             info = {"places": places, "arrays": await bucket[0]}
-        await asyncio.wrap_future(self._engine.receive(info))
+            await asyncio.wrap_future(self._engine.receive(info))
+            return
+        address = ray.get_runtime_context().gcs_address
+        with _pickled(bucket[0]) as reference:
+            info = {"places": places, "reference": reference, "ray_address": address}
+            await asyncio.wrap_future(self._engine.receive(info))
 
     async def finish_update(self, version: int) -> None:
         """See `Engine.finish_update`."""
@@ -78,6 +82,23 @@ class EngineActor:
     async def close(self) -> None:
         """Leaves nothing on this machine's disk; the process may then be killed."""
         self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def _pickled(reference: Any) -> Iterator[bytes]:
+    """A reference for processes that are not this actor's own, valid inside.
+
+    Ray keeps what is pickled outside of its own calls for as long as this process lives, every bucket of every update;
+    there is no public way to take that back.
+    """
+    import ray
+    from ray._private.worker import global_worker
+
+    pickled = ray.cloudpickle.dumps(reference)
+    try:
+        yield pickled
+    finally:
+        global_worker.core_worker.remove_object_ref_reference(reference)
 
 
 def _prepare_process(settings: EngineSettings) -> None:
