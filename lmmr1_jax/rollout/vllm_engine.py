@@ -30,7 +30,7 @@ from lmmr1_jax.rollout.vllm_protocol import (
     RequestRefused,
     SampledCompletion,
 )
-from weights_bridge.vllm.plugin import AWAIT_WEIGHTS
+from weights_bridge.vllm.plugin import AWAIT_WEIGHTS, HOST_BACKEND
 
 IDLE_SECONDS = 0.2
 """How long an idle engine sleeps on its queue before it looks whether it was closed."""
@@ -81,9 +81,11 @@ class Engine:
 
     def initialise(self, info: dict[str, Any]) -> Future:
         """Tells the weight-transfer engine who the learner is; `EngineUnfit` where the two have other models."""
+        # Other transports meet here, and what fails may be the other side: another engine can do better.
+        compares = self._settings.backend == HOST_BACKEND
 
         def initialise() -> None:
-            with _unfit():
+            with _unfit() if compares else contextlib.nullcontext():
                 self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
 
         return self._ask(initialise)

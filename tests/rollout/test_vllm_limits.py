@@ -12,10 +12,12 @@ from lmmr1_jax.config import RolloutConfig, TrainConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
+from lmmr1_jax.rollout import vllm_engine
 from lmmr1_jax.rollout.vllm_engine import Engine
-from lmmr1_jax.rollout.vllm_protocol import EngineUnfit
+from lmmr1_jax.rollout.vllm_protocol import EngineFailed, EngineUnfit
 from lmmr1_jax.rollout.vllm_sampler import engine_settings, leave_room
 from lmmr1_jax.types import Prompt
+from weights_bridge.vllm.plugin import HOST_BACKEND
 
 POSITIONS = json.loads((TINY_MODEL / "config.json").read_text())["max_position_embeddings"]
 
@@ -63,3 +65,19 @@ def test_an_engine_without_a_vllm_that_takes_weights_is_unfit(monkeypatch, modul
         engine.built.result(timeout=30)
     with pytest.raises(EngineUnfit, match=words):
         engine.initialise({}).result(timeout=30)
+
+
+@pytest.mark.parametrize(("backend", "unfit"), [(HOST_BACKEND, True), ("nccl", False)])
+def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(monkeypatch, backend, unfit):
+    class Refusing:
+        def collective_rpc(self, method: str, **_) -> None:
+            raise RuntimeError(f"{method} failed")
+
+    monkeypatch.setattr(vllm_engine, "_build", lambda *_: Refusing())
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
+    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=backend)
+    engine = Engine(settings, Path(TINY_MODEL))
+    with pytest.raises(EngineFailed, match="init_weight_transfer_engine failed") as caught:
+        engine.initialise({}).result(timeout=30)
+    assert isinstance(caught.value, EngineUnfit) == unfit
+    engine.close()
