@@ -3,8 +3,8 @@
     python -m lmmr1_jax.train --config configs/rloo_qwen2_5_vl_3b_math_colocated.py --model.path ... --data.path ...
 
 Engines sleep while the learner works: their weights and keys leave the GPU, and the next sync wakes them. JAX gives
-nothing back, so each GPU is divided: `vllm.memory_share` of it is the engine's, the rest the learner's. Not run yet:
-no machine with GPUs was at hand.
+nothing back, so each GPU is divided: `vllm.memory_share` of it is the engine's, the rest, but for 5 %, the learner's.
+Not run yet: no machine with GPUs was at hand.
 """
 
 import dataclasses

@@ -89,8 +89,8 @@ def _check_sampler(config: TrainConfig) -> None:
         raise UserError("vllm.colocate lets engines sleep while the learner works; rollout.staleness must be 0")
     if vllm.colocate and vllm.memory_share > 0.8:
         raise UserError(
-            f"vllm.colocate leaves the learner 1 - vllm.memory_share of each GPU; {vllm.memory_share} is too much, "
-            "0.4 is a start"
+            f"vllm.colocate leaves the learner what vllm.memory_share does not take of each GPU; {vllm.memory_share} "
+            "is too much, 0.4 is a start"
         )
     if vllm.label and not all(vllm.label.partition("=")):
         raise UserError(f"vllm.label is {vllm.label!r}; it must be NAME=VALUE")
