@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lmmr1_jax.config import RayConfig
@@ -114,13 +114,16 @@ def _no_chatter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: float) -> Iterator[Places]:
+def reserved(
+    bundle: Mapping[str, float], count: int, *, label: str, timeout: float, check: Callable[[], None] = lambda: None
+) -> Iterator[Places]:
     """Room for `count` engines, given back with the context.
 
     Args:
       bundle: resources of one of them.
       label: NAME=VALUE of the nodes, or empty.
       timeout: seconds to wait for it.
+      check: called again and again while it is waited for; what it raises ends the waiting.
 
     Raises:
       UserError: the cluster has no such room, now or at all.
@@ -132,11 +135,13 @@ def reserved(bundle: Mapping[str, float], count: int, *, label: str, timeout: fl
         name, _, value = label.partition("=")
         selector = {"bundle_label_selector": [{name: value}] * count}
     group = placement_group([dict(bundle)] * count, strategy="SPREAD" if count > 1 else "PACK", **selector)
-    if not group.wait(timeout_seconds=timeout):
-        fault = _no_room(bundle, count, label)
-        remove_placement_group(group)
-        raise UserError(f"vllm.engines {count}: the cluster has no room for them within ray.timeout: {fault}")
+    deadline = time.monotonic() + timeout
     try:
+        while not group.wait(timeout_seconds=1):  # Ray waits for whole seconds only
+            check()
+            if time.monotonic() > deadline:
+                fault = _no_room(bundle, count, label)
+                raise UserError(f"vllm.engines {count}: the cluster has no room for them within ray.timeout: {fault}")
         yield Places(group, dict(bundle))
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone

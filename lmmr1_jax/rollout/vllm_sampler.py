@@ -225,7 +225,8 @@ def open_sampler(
         restarts=config.vllm.restarts,
     )
     introduction = init_info(raw_config, stream(network.abstract_params))
-    with reserved(bundle, config.vllm.engines, label=config.vllm.label, timeout=config.ray.timeout) as places:
+    room = dict(label=config.vllm.label, timeout=config.ray.timeout, check=check)
+    with reserved(bundle, config.vllm.engines, **room) as places:
         with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
             merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
             yield VllmSampler(fleet, stream, settings, merge_size)

@@ -19,6 +19,7 @@ import ray  # noqa: E402
 from small_engine import SmallEngine  # noqa: E402
 
 from lmmr1_jax.errors import SamplerLost, UserError  # noqa: E402
+from lmmr1_jax.rollout.ray_cluster import reserved  # noqa: E402
 from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest  # noqa: E402
 from lmmr1_jax.rollout.vllm_work import MOST_ATTEMPTS  # noqa: E402
@@ -258,6 +259,20 @@ def test_waiting_ends_when_the_run_is_stopped(fleets, waits):
             fleet.collect(ticket)
         else:
             fleet.load(ThreeBuckets(), 0)
+    assert time.monotonic() - started < 10
+
+
+def test_waiting_for_room_ends_when_the_run_is_stopped(cluster):
+    class Stopped(Exception):
+        pass
+
+    def check() -> None:
+        raise Stopped
+
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        with reserved({"CPU": 1000.0}, 1, label="", timeout=60.0, check=check):
+            pass
     assert time.monotonic() - started < 10
 
 
