@@ -266,7 +266,7 @@ def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: Non
     Raises:
       TransportError: this learner can't send them so.
     """
-    limits = {"bucket_bytes": config.bucket_mib << 20, "timeout": config.sync_timeout}
+    limits = {"bucket_bytes": config.bucket_mib << 20, "timeout": config.sync_timeout, "check": check}
     if config.transport == "nccl":
         from weights_bridge.vllm.nccl import NcclTransport
 
@@ -275,7 +275,7 @@ def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: Non
         from weights_bridge.vllm.ipc import IpcTransport
 
         return IpcTransport(**limits)
-    return HostTransport(check=check, **limits)
+    return HostTransport(**limits)
 
 
 def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, backend: str) -> EngineSettings:

@@ -1,7 +1,9 @@
 """What of the GPU transports can be held to vLLM's own code without a GPU. The transfers themselves are not run."""
 
+import concurrent.futures
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -195,6 +197,43 @@ def test_what_takes_too_long_is_given_up(engine):
     calls = [engine.update.remote(0), engine.update.remote(600)]
     lost = together(calls, group.work, group.broken.set, overdue=lambda: time.monotonic() - since > 1)
     assert lost.keys() == {1} and "in time" in str(lost[1])
+
+
+def test_a_run_that_is_stopped_gives_the_group_up_and_does_not_wait_for_engines(engine):
+    group, since = Group(600), time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() - since > 0.5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        together([engine.update.remote(600)], group.work, group.broken.set, overdue=lambda: False, check=check)
+    assert time.monotonic() - since < 30 and group.broken.is_set()
+
+
+def test_a_group_that_is_complete_only_when_it_was_given_up_takes_no_other_ones_place():
+    complete, joining, aborted = threading.Event(), threading.Event(), []
+
+    class Library:
+        def join(self, *_, **__) -> str:
+            joining.set()
+            complete.wait(30)
+            return "late"
+
+        abort = aborted.append
+
+    transport = object.__new__(NcclTransport)
+    transport._cuda, transport._nccl = types.SimpleNamespace(use=lambda: None), Library()
+    transport._members, transport._communicator, transport._groups_left = [], None, 0
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        late = thread.submit(transport._join, bytes(128), 2)
+        joining.wait(30)
+        transport._leave()
+        transport._communicator = "the next one"
+        complete.set()
+        with pytest.raises(TransportError, match="given up"):
+            late.result(30)
+    assert transport._communicator == "the next one" and aborted == ["late"]
 
 
 def test_when_the_learner_fails_its_reason_is_told(engine):

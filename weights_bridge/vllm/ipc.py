@@ -11,7 +11,7 @@ This file was written from vLLM 0.32's source and checked against its classes as
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,11 +41,18 @@ class IpcTransport:
     backend = "ipc"
     introduces_itself = True
 
-    def __init__(self, *, bucket_bytes: int = 256 << 20, timeout: float = 600.0):
+    def __init__(
+        self,
+        *,
+        bucket_bytes: int = 256 << 20,
+        timeout: float = 600.0,
+        check: Callable[[], None] = lambda: None,
+    ):
         """
         Args:
           bucket_bytes: memory that a bucket may take.
           timeout: seconds after which an engine that does not take its bucket counts as lost.
+          check: called again and again while engines are waited for; what it raises ends the sending.
 
         Raises:
           TransportError: JAX or torch is not on an NVIDIA GPU.
@@ -54,7 +61,7 @@ class IpcTransport:
             raise TransportError(f"the ipc transport needs a learner on an NVIDIA GPU, JAX has {jax.default_backend()}")
         if not torch.cuda.is_available():
             raise TransportError("the ipc transport needs a torch with CUDA beside JAX; this one finds no GPU")
-        self._bucket_bytes, self._timeout = bucket_bytes, timeout
+        self._bucket_bytes, self._timeout, self._check = bucket_bytes, timeout, check
         self._device = torch.device("cuda", jax.local_devices()[0].local_hardware_id)
         self._uuid = str(torch.cuda.get_device_properties(self._device).uuid)
         self._known: list[Any] = []
@@ -98,7 +105,7 @@ class IpcTransport:
     def _settle(self, calls: dict[int, Any]) -> dict[int, BaseException]:
         """Waits for Ray calls; those that failed, by the place of their engine."""
         deadline = time.monotonic() + self._timeout
-        errors = {place: failure_of(call, deadline) for place, call in calls.items()}
+        errors = {place: failure_of(call, deadline, self._check) for place, call in calls.items()}
         return {place: error for place, error in errors.items() if error is not None}
 
 

@@ -47,17 +47,25 @@ class NcclTransport:
     backend = "nccl"
     introduces_itself = True
 
-    def __init__(self, *, ranks_per_engine: int, bucket_bytes: int = 256 << 20, timeout: float = 600.0):
+    def __init__(
+        self,
+        *,
+        ranks_per_engine: int,
+        bucket_bytes: int = 256 << 20,
+        timeout: float = 600.0,
+        check: Callable[[], None] = lambda: None,
+    ):
         """
         Args:
           ranks_per_engine: workers of an engine: its tensor parallelism.
           bucket_bytes: a chunk ends with the tensor that takes it over this size.
           timeout: seconds without progress after which all engines count as lost.
+          check: called again and again while engines are waited for; what it raises ends the sending.
 
         Raises:
           TransportError: the learner is not on NVIDIA GPUs, or there is no NCCL.
         """
-        self._ranks, self._bucket_bytes, self._timeout = ranks_per_engine, bucket_bytes, timeout
+        self._ranks, self._bucket_bytes, self._timeout, self._check = ranks_per_engine, bucket_bytes, timeout, check
         self._nccl = Nccl()
         if jax.default_backend() != "gpu":
             raise TransportError(f"the nccl transport needs a learner on NVIDIA GPUs, JAX has {jax.default_backend()}")
@@ -65,6 +73,7 @@ class NcclTransport:
         self._cuda = Cuda(self._device.local_hardware_id)
         self._members: list[Any] = []
         self._communicator: Any = None
+        self._groups_left = 0
         self._progress = 0.0
 
     @property
@@ -106,12 +115,20 @@ class NcclTransport:
     def _together(self, calls: Sequence[Any], work: Callable[[], None]) -> dict[int, BaseException]:
         self._progress = time.monotonic()
         return together(
-            calls, work, self._leave, overdue=lambda: time.monotonic() - self._progress > self._timeout
+            calls,
+            work,
+            self._leave,
+            overdue=lambda: time.monotonic() - self._progress > self._timeout,
+            check=self._check,
         )
 
     def _join(self, identifier: bytes, world_size: int) -> None:
         self._cuda.use()
+        left = self._groups_left
         communicator = self._nccl.join(world_size, identifier, rank=0)
+        if left != self._groups_left:  # too late: it was given up, and another group may be in its place
+            self._nccl.abort(communicator)
+            raise TransportError("the group was complete only when it had been given up")
         self._communicator = communicator
         one = jax.block_until_ready(jnp.zeros(1, jnp.float32, device=self._device))
         self._nccl.sum_one(one.unsafe_buffer_pointer(), communicator, self._cuda.stream)
@@ -140,6 +157,7 @@ class NcclTransport:
 
     def _leave(self) -> None:
         """Ends the group; whoever waits in it gets an error."""
+        self._groups_left += 1
         self._members, communicator, self._communicator = [], self._communicator, None
         if communicator is not None:
             self._nccl.abort(communicator)
@@ -190,6 +208,7 @@ def together(
     work: Callable[[], None],
     give_up: Callable[[], None],
     overdue: Callable[[], bool],
+    check: Callable[[], None] = lambda: None,
 ) -> dict[int, BaseException]:
     """Does the learner's part of something that needs all, and watches that nobody waits for ever.
 
@@ -198,13 +217,14 @@ def together(
       work: the learner's part; it may block on the engines, and runs in a thread.
       give_up: makes `work` end with an error; called when a call fails or `overdue` says so.
       overdue: whether it has taken too long.
+      check: called again and again; what it raises gives up and is not caught.
 
     Returns:
       The calls that did not end well, by their place, and why. When one fails before the learner is through, or the
       learner does, so do all that have not ended: they wait for it.
 
     Raises:
-      BaseException: what `work` raised when all calls had ended well.
+      BaseException: what `work` raised when all calls had ended well, or what `check` raised.
     """
     import ray
 
@@ -225,6 +245,11 @@ def together(
 
     # Once the learner is through, nobody waits for an engine that fails.
     while (places or not done.done()) and (done.done() or not failed) and own_error() is None and not overdue():
+        try:
+            check()
+        except BaseException:
+            give_up()
+            raise
         if places:
             ready, _ = ray.wait(list(places), num_returns=1, timeout=_POLL_SECONDS)
         else:
