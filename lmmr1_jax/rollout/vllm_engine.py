@@ -191,9 +191,9 @@ class Engine:
         return bool(self._groups)
 
     def _begin(self, future: Future) -> None:
+        self._updating = True  # before all else: an engine that fails at it must not go on with what it has left
         self._wake("weights")
         self._llm.collective_rpc("start_weight_update")
-        self._updating = True
         future.set_result(None)
 
     def _wake(self, tag: str) -> None:

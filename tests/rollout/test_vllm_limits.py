@@ -4,7 +4,9 @@ import json
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from lmmr1_jax.assembly import TINY_MODEL
@@ -14,7 +16,7 @@ from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.rollout import vllm_engine
 from lmmr1_jax.rollout.vllm_engine import Engine
-from lmmr1_jax.rollout.vllm_protocol import EngineFailed, EngineUnfit
+from lmmr1_jax.rollout.vllm_protocol import EngineFailed, EngineUnfit, GroupRequest
 from lmmr1_jax.rollout.vllm_sampler import engine_settings, leave_room
 from lmmr1_jax.types import Prompt
 from weights_bridge.vllm.plugin import HOST_BACKEND
@@ -80,4 +82,28 @@ def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(
     with pytest.raises(EngineFailed, match="init_weight_transfer_engine failed") as caught:
         engine.initialise({}).result(timeout=30)
     assert isinstance(caught.value, EngineUnfit) == unfit
+    engine.close()
+
+
+def test_an_engine_that_fails_at_the_start_of_an_update_samples_no_more(monkeypatch):
+    vllm, failing = mock.MagicMock(), set()
+
+    def collective_rpc(method: str, **_) -> None:
+        if method in failing:
+            raise RuntimeError(f"{method} failed")
+
+    vllm.collective_rpc = collective_rpc
+    monkeypatch.setattr(vllm_engine, "_build", lambda *_: vllm)
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
+    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=HOST_BACKEND)
+    engine = Engine(settings, Path(TINY_MODEL))
+    engine.begin_update(within=False).result(timeout=30)
+    engine.finish_update(0).result(timeout=30)
+    failing.add("start_weight_update")
+    with pytest.raises(EngineFailed, match="start_weight_update failed"):
+        engine.begin_update(within=False).result(timeout=30)
+    ids = np.arange(3, dtype=np.int32)
+    waiting = engine.generate(GroupRequest("late", ids, ids, (), 1, 4))
+    with pytest.raises(TimeoutError):
+        waiting.result(timeout=1.0)
     engine.close()
