@@ -367,13 +367,21 @@ def _other_prompt(request: GroupRequest, ids: list[int]) -> str:
     return f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {expected} (pictures: {sizes or 'none'})"
 
 
-def _build(settings: EngineSettings, folder: Path) -> Any:
-    """vLLM's engine over the files in `folder` (config and tokenizer; weights come over the bridge)."""
+def set_environment() -> None:
+    """What vLLM reads of the environment, in this process and in its workers."""
     # In this very process: each step is then ours to take.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # Wherever there is Triton, so on every GPU, vLLM takes another runner, which refuses logits processors of
+    # `BannedTokens`' kind. This is also the one that is tested.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _build(settings: EngineSettings, folder: Path) -> Any:
+    """vLLM's engine over the files in `folder` (config and tokenizer; weights come over the bridge)."""
+    set_environment()
     try:
         import vllm
     except Exception as error:  # not there, or not to be had with the torch that is there
