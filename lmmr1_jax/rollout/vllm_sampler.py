@@ -29,6 +29,7 @@ from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.vllm_protocol import EngineSettings, GroupRequest
 from lmmr1_jax.rollout.vllm_work import Ticket
 from lmmr1_jax.types import Completion, EncodedPrompt
+from weights_bridge.errors import TransportError
 from weights_bridge.layout import layout
 from weights_bridge.stream import TensorStream
 from weights_bridge.vllm.sender import HostTransport
@@ -194,7 +195,7 @@ def open_sampler(
         bundle["GPU"] = config.vllm.tensor_parallel
     if config.vllm.resource:
         bundle[config.vllm.resource] = 0.001
-    transport = choose_transport(config.vllm, check)
+    transport = choose_transport(config.vllm, check, on_gpu=on_gpu)
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     leave_room(processor, raw_config, _longest_completion(config))
@@ -260,19 +261,25 @@ def leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: 
     )
 
 
-def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: None) -> Any:
-    """How weights travel.
+def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: None, *, on_gpu: bool) -> Any:
+    """How weights travel, to engines on GPUs or on CPUs.
 
     Raises:
+      UserError: these engines can't take them so.
       TransportError: this learner can't send them so.
     """
+    if config.transport in ("nccl", "ipc") and not on_gpu:
+        raise UserError(f"vllm.transport {config.transport} needs engines on GPUs, and these run on CPUs; use host")
     limits = {"bucket_bytes": config.bucket_mib << 20, "timeout": config.sync_timeout, "check": check}
     if config.transport == "nccl":
         from weights_bridge.vllm.nccl import NcclTransport
 
         return NcclTransport(ranks_per_engine=config.tensor_parallel, **limits)
     if config.transport == "ipc":
-        from weights_bridge.vllm.ipc import IpcTransport
+        try:
+            from weights_bridge.vllm.ipc import IpcTransport
+        except ImportError as error:  # torch is none of the learner's packages
+            raise TransportError(f"the ipc transport needs a torch with CUDA beside JAX: {error}") from None
 
         return IpcTransport(**limits)
     return HostTransport(**limits)

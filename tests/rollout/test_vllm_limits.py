@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.assembly import TINY_MODEL
-from lmmr1_jax.config import RolloutConfig, TrainConfig
+from lmmr1_jax.config import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.rollout import vllm_engine
 from lmmr1_jax.rollout.vllm_engine import Engine
 from lmmr1_jax.rollout.vllm_protocol import EngineFailed, EngineUnfit, GroupRequest
-from lmmr1_jax.rollout.vllm_sampler import engine_settings, leave_room
+from lmmr1_jax.rollout.vllm_sampler import choose_transport, engine_settings, leave_room
 from lmmr1_jax.types import Prompt
+from weights_bridge.errors import TransportError
 from weights_bridge.vllm.plugin import HOST_BACKEND
 
 POSITIONS = json.loads((TINY_MODEL / "config.json").read_text())["max_position_embeddings"]
@@ -69,6 +70,19 @@ def test_an_engine_without_a_vllm_that_takes_weights_is_unfit(monkeypatch, modul
         engine.initialise({}).result(timeout=30)
 
 
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_engines_on_cpus_take_no_weights_by_way_of_gpus(transport):
+    with pytest.raises(UserError, match=f"vllm.transport {transport} needs engines on GPUs, and these run on CPUs"):
+        choose_transport(VllmConfig(transport=transport), on_gpu=False)
+
+
+def test_a_learner_without_torch_is_told_that_ipc_needs_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "weights_bridge.vllm.ipc", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(TransportError, match="ipc transport needs a torch with CUDA beside JAX"):
+        choose_transport(VllmConfig(transport="ipc"), on_gpu=True)
+
+
 @pytest.mark.parametrize(("backend", "unfit"), [(HOST_BACKEND, True), ("nccl", False)])
 def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(monkeypatch, backend, unfit):
     class Refusing:
@@ -106,4 +120,5 @@ def test_an_engine_that_fails_at_the_start_of_an_update_samples_no_more(monkeypa
     waiting = engine.generate(GroupRequest("late", ids, ids, (), 1, 4))
     with pytest.raises(TimeoutError):
         waiting.result(timeout=1.0)
+    assert not vllm.add_request.called
     engine.close()
