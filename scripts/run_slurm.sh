@@ -46,8 +46,9 @@ head=$!
 RAY=${SAMPLER_RAY:-$ray} srun "${where[@]}" --nodes="$samplers" --ntasks="$samplers" --ntasks-per-node=1 \
   --cpus-per-task="${cpus%%,*}" scripts/ray_sampler.sh "$address:$port" --num-cpus="${cpus%%,*}" &
 nodes_step=$!
+# The samplers start at the same time as the run; a flag of yours comes later and wins.
 "$python" -m lmmr1_jax.train --config "$config" --resume --ray.address "$address:$port" --vllm.resource sampler \
-  "${@:2}" &
+  --ray.timeout 600 "${@:2}" &
 learner=$!
 
 # The learner writes a checkpoint and ends with 143. Of a pre-empted job Slurm itself takes care.
