@@ -87,6 +87,9 @@ class SmallEngine:
         if self._buckets == 2 and self._fault == "hangs":
             os.kill(os.getpid(), signal.SIGSTOP)
 
+    async def sleep(self) -> None:
+        self._version = None
+
     async def close(self) -> None:
         """Nothing to put away."""
 

@@ -139,9 +139,12 @@ class Fleet:
           within: change them in the midst of completions, see `Engine.begin_update`.
 
         Raises:
+          ValueError: engines have weights of that version, and would keep them and what they cached under it.
           SamplerLost: no engine could be started or synced in time.
         """
         with self._lock:
+            if version == self._version:
+                raise ValueError(f"version {version} of the weights is loaded already; others need another number")
             self._stream, self._version = stream, version
         self._sync(within=within)
         self._until(lambda: any(engine.loaded and engine.version == version for engine in self._engines))
@@ -192,10 +195,14 @@ class Fleet:
         return groups
 
     def sleep(self) -> None:
-        """All engines that have nothing to do give their memory back until the next `load`."""
+        """All engines that have nothing to do give their memory back, and their weights with it, until they get the
+        next ones."""
         with self._lock:
             engines = [engine for engine in self._engines if engine.loaded and not engine.work]
-        self._each(engines, lambda engine: engine.handle.sleep.remote(), self._settings.sync_timeout)
+        asleep = self._each(engines, lambda engine: engine.handle.sleep.remote(), self._settings.sync_timeout)
+        with self._lock:
+            for engine, _ in asleep:
+                engine.version = None
 
     def close(self) -> None:
         """Ends all engines."""

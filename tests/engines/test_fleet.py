@@ -199,6 +199,29 @@ def test_engines_sample_ahead_across_a_sync_and_each_token_knows_its_weights(fle
         assert within == ({0, 1} in versions)
 
 
+def test_engines_that_slept_get_weights_before_they_sample_again(fleets):
+    fleet = fleets()
+    fleet.load(ThreeBuckets(), 0)
+    await_engines(fleet, 2)
+    fleet.sleep()
+    assert not fleet.infos
+    asked = requests(4)
+    assert_whole(asked, fleet.collect(fleet.submit(asked)), 0)
+    fleet.sleep()
+    fleet.forget()
+    ticket = fleet.submit(asked)
+    fleet.load(ThreeBuckets(), 1)
+    assert_whole(asked, fleet.collect(ticket), 1)
+    assert fleet.replaced == 0
+
+
+def test_other_weights_of_the_same_version_are_refused_and_not_silently_kept_back(fleets):
+    fleet = fleets()
+    fleet.load(ThreeBuckets(), 3)
+    with pytest.raises(ValueError, match="version 3 of the weights is loaded already"):
+        fleet.load(ThreeBuckets(), 3)
+
+
 def test_what_cannot_be_built_is_given_up_at_once_and_the_others_go_on(fleets):
     fleet = fleets({(0, 0): "unfit"})
     fleet.load(ThreeBuckets(), 0)
