@@ -387,7 +387,10 @@ class Fleet:
 
     def _lose(self, engine: Engine, error: BaseException) -> None:
         with self._lock:
-            self._replace(engine, error)
+            try:
+                self._replace(engine, error)
+            except Exception as fault:  # as in `_listen`: the next to wait hears of it
+                self._broken = fault
             self._lock.notify_all()
 
     def _hear(self, call: Any, then: Callable[[Any], Any]) -> None:

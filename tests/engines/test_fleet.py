@@ -299,17 +299,17 @@ def test_waiting_for_room_ends_when_the_run_is_stopped(cluster):
     assert time.monotonic() - started < 10
 
 
-def test_a_fleet_that_can_make_no_more_engines_says_so(fleets):
+@pytest.mark.parametrize("fault", ["", "dies"], ids=["while it samples", "in a sync"])
+def test_a_fleet_that_can_make_no_more_engines_says_so(fleets, fault):
     def make(place: int, before: int):
         if before:
             raise RuntimeError("the cluster is gone")
-        return ray.remote(SmallEngine).options(num_cpus=0, max_concurrency=1000).remote()
+        return ray.remote(SmallEngine).options(num_cpus=0, max_concurrency=1000).remote(fault)
 
     fleet = fleets(engines=1, make=make)
-    fleet.load(ThreeBuckets(), 0)
-    ticket = fleet.submit(requests(1, prefix="poison"))
     with pytest.raises(SamplerLost, match="the cluster is gone"):
-        fleet.collect(ticket)
+        fleet.load(ThreeBuckets(), 0)
+        fleet.collect(fleet.submit(requests(1, prefix="poison")))
 
 
 def gone(pid: int) -> bool:
