@@ -1,8 +1,11 @@
 """The gap between learner and sampler is warned of, then ends the run; thresholds of 0.02 and 0.2, by hand."""
 
 import math
+import subprocess
+import sys
 
 import pytest
+from whole_runs import ROOT, lines
 
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.gap_watch import GapWatch
@@ -34,3 +37,36 @@ def test_the_count_survives_a_resume():
     resumed.restore(watch.state())
     with pytest.raises(UserError):
         resumed.observe(3, 0.3)
+
+
+STALE = """
+import jax
+from lmmr1_jax.config_cli import run_cli
+from lmmr1_jax.rollout.jax_sampler import JaxSampler
+from lmmr1_jax.train import main
+
+load, first = JaxSampler.load, []
+
+
+def load_the_first_ones(self, params, version=0, **how):
+    first.append(jax.tree.map(lambda leaf: leaf.copy(), params))
+    load(self, first[0], version, **how)
+
+
+JaxSampler.load = load_the_first_ones
+run_cli(main)
+"""
+
+
+def test_a_run_whose_sampler_keeps_the_old_weights_and_calls_them_new_warns_and_ends(tmp_path):
+    flags = (
+        "--config configs/rloo.py --run.steps 8 --rollout.prompts 4 --rollout.completions 4 --eval.size 0 "
+        "--rollout.gap-warn 0.001 --rollout.gap-stop 0.002 --learner.learning-rate 1e-3 --learner.warmup-ratio 0"
+    ).split()
+    command = [sys.executable, "-c", STALE, *flags, "--run.dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "rollout.gap_stop=0.002" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "log-probs differ" in done.stdout + done.stderr
+    gaps = [record["gap/mean"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert gaps[0] < 1e-5 and all(gap > 0.002 for gap in gaps[-3:]) and len(gaps) < 8
