@@ -1,6 +1,6 @@
 """The banned tokens, inside vLLM: a logits processor of its own kind, for all requests at once.
 
-Of the kind that vLLM's first model runner takes; `vllm_engine.set_environment` asks for that one.
+Of the kind that vLLM's first model runner takes; `vllm_build.set_environment` asks for that one.
 """
 
 from __future__ import annotations

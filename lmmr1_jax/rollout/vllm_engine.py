@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
-import difflib
-import os
 import queue
-import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from lmmr1_jax.rollout import vllm_build
+from lmmr1_jax.rollout.vllm_build import one_line
 from lmmr1_jax.rollout.vllm_protocol import (
     EngineFailed,
     EngineSettings,
@@ -30,7 +28,7 @@ from lmmr1_jax.rollout.vllm_protocol import (
     RequestRefused,
     SampledCompletion,
 )
-from weights_bridge.vllm.plugin import AWAIT_WEIGHTS, HOST_BACKEND
+from weights_bridge.vllm.plugin import HOST_BACKEND
 
 IDLE_SECONDS = 0.2
 """How long an idle engine sleeps on its queue before it looks whether it was closed."""
@@ -154,7 +152,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            self._llm = _build(self._settings, self._folder)
+            self._llm = vllm_build.build(self._settings, self._folder)
             self._built.set_result(None)
             while not self._closed.is_set():
                 self._obey()
@@ -216,7 +214,7 @@ class Engine:
             try:
                 self._llm.add_request(group.request.name, *self._prompt_and_params(group))
             except Exception as error:  # vLLM validates here; the request is at fault, not the engine
-                group.result.set_exception(RequestRefused(f"vLLM refuses {group.request.name}: {_line(error)}"))
+                group.result.set_exception(RequestRefused(f"vLLM refuses {group.request.name}: {one_line(error)}"))
                 continue
             self._groups[group.request.name] = group
             busy += group.sampled
@@ -344,12 +342,12 @@ def _unfit() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise EngineUnfit(_line(error)) from error
+        raise EngineUnfit(one_line(error)) from error
 
 
 def _as_failure(error: BaseException) -> EngineFailed:
     """What the fleet is told: an exception that it knows, on any machine."""
-    return error if isinstance(error, EngineFailed) else EngineFailed(_line(error))
+    return error if isinstance(error, EngineFailed) else EngineFailed(one_line(error))
 
 
 def _set_exception(future: Future, error: BaseException) -> None:
@@ -357,83 +355,7 @@ def _set_exception(future: Future, error: BaseException) -> None:
         future.set_exception(error)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 def _other_prompt(request: GroupRequest, ids: list[int]) -> str:
     sizes = ", ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in request.pictures)
     expected = len(request.token_ids)
     return f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {expected} (pictures: {sizes or 'none'})"
-
-
-def set_environment() -> None:
-    """What vLLM reads of the environment, in this process and in its workers."""
-    # In this very process: each step is then ours to take.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Wherever there is Triton, so on every GPU, vLLM takes another runner, which refuses logits processors of
-    # `BannedTokens`' kind. This is also the one that is tested.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def _build(settings: EngineSettings, folder: Path) -> Any:
-    """vLLM's engine over the files in `folder` (config and tokenizer; weights come over the bridge)."""
-    set_environment()
-    try:
-        import vllm
-    except Exception as error:  # not there, or not to be had with the torch that is there
-        raise EngineUnfit(
-            f"vLLM can't be imported on {socket.gethostname()} ({_line(error)}); requirements-sampler.txt installs it"
-        ) from error
-    try:
-        from vllm.config import WeightTransferConfig
-    except ImportError as error:
-        raise EngineUnfit(
-            f"vLLM {vllm.__version__} on {socket.gethostname()} is too old to take weights: it must be 0.32"
-        ) from error
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
-
-    on_cpu = current_platform.is_cpu()
-    arguments: dict[str, Any] = {
-        "model": str(folder),
-        "load_format": AWAIT_WEIGHTS,
-        "dtype": settings.dtype,
-        "seed": settings.seed,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_sequences,
-        "tensor_parallel_size": settings.tensor_parallel,
-        "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
-        "enforce_eager": settings.eager,
-        "enable_sleep_mode": settings.sleeps and not on_cpu,
-        "logprobs_mode": "processed_logprobs",
-        "generation_config": "vllm",
-        "async_scheduling": False,
-        "trust_remote_code": False,
-        "disable_log_stats": True,
-        "logits_processors": ["lmmr1_jax.rollout.vllm_banned:BannedTokens"],
-        "additional_config": {"banned_token_ids": list(settings.banned_ids)},
-        "weight_transfer_config": WeightTransferConfig(backend=settings.backend),
-    }
-    if settings.pictures:
-        arguments["limit_mm_per_prompt"] = {"image": settings.pictures, "video": 0}
-        edges = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}  # in pixels, both
-        arguments["mm_processor_kwargs"] = {"size": edges}
-    if settings.kv_cache_bytes:
-        arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
-    else:
-        arguments["gpu_memory_utilization"] = settings.memory_share
-    known = [field.name for field in dataclasses.fields(EngineArgs)]
-    for name in settings.arguments:
-        if name not in known:
-            hint = difflib.get_close_matches(name, known, 1)
-            also = f"; did you mean {hint[0]}?" if hint else ""
-            raise EngineUnfit(f"vllm.arguments: vLLM {vllm.__version__} has no argument {name!r}{also}")
-    try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments | settings.arguments))
-    except (TypeError, ValueError) as error:  # its own word for arguments that it refuses
-        raise EngineUnfit(f"vLLM refuses its arguments: {_line(error)}") from error

@@ -14,7 +14,7 @@ class WithTriton:
     def runner_takes_the_ban(self, prepared: bool) -> bool:
         from types import SimpleNamespace
 
-        from lmmr1_jax.rollout.vllm_engine import set_environment
+        from lmmr1_jax.rollout.vllm_build import set_environment
         from weights_bridge.vllm.cuda_builds import tolerate
 
         tolerate()

@@ -14,7 +14,7 @@ from lmmr1_jax.config import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
-from lmmr1_jax.rollout import vllm_engine
+from lmmr1_jax.rollout import vllm_build
 from lmmr1_jax.rollout.vllm_engine import Engine
 from lmmr1_jax.rollout.vllm_protocol import EngineFailed, EngineUnfit, GroupRequest
 from lmmr1_jax.rollout.vllm_sampler import choose_transport, engine_settings, leave_room
@@ -89,7 +89,7 @@ def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(
         def collective_rpc(self, method: str, **_) -> None:
             raise RuntimeError(f"{method} failed")
 
-    monkeypatch.setattr(vllm_engine, "_build", lambda *_: Refusing())
+    monkeypatch.setattr(vllm_build, "build", lambda *_: Refusing())
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
     settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=backend)
     engine = Engine(settings, Path(TINY_MODEL))
@@ -107,7 +107,7 @@ def test_an_engine_that_fails_at_the_start_of_an_update_samples_no_more(monkeypa
             raise RuntimeError(f"{method} failed")
 
     vllm.collective_rpc = collective_rpc
-    monkeypatch.setattr(vllm_engine, "_build", lambda *_: vllm)
+    monkeypatch.setattr(vllm_build, "build", lambda *_: vllm)
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
     settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=HOST_BACKEND)
     engine = Engine(settings, Path(TINY_MODEL))
