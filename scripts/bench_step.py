@@ -123,7 +123,8 @@ def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[st
     return {
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds["total"],
-        "rollout_tokens_per_second": tokens / seconds["rollout"],
+        # Ahead of the learner, `rollout` is a wait and no measure of the sampler.
+        "rollout_tokens_per_second": None if wanted.staleness else tokens / seconds["rollout"],
         "peak_memory_bytes": peak_memory(),
         "peak_memory_excludes_first_step": memory_is_fresh,
         "limit": {
