@@ -4,4 +4,4 @@ from embedded import embedded
 
 from lmmr1_jax.config import AlgorithmConfig, CriticConfig
 
-config = embedded(AlgorithmConfig(name="ppo"), critic=CriticConfig(learning_rate=3e-4))
+config = embedded(AlgorithmConfig(name="ppo"), critic=CriticConfig(freeze_vision=True, learning_rate=1e-3))

@@ -30,7 +30,7 @@ class ModelConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products: auto is bfloat16 on accelerators and float32 on CPUs. Master weights are float32."""
     freeze_vision: bool = False
-    """Do not train the vision tower (its merger included)."""
+    """Do not train the vision tower (its merger included), nor that of PPO's critic."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +248,9 @@ class CriticConfig:
     path: str = ""
     """With a backbone of its own: the Hugging Face folder that it starts from, of a reward model (`score.weight`) or
     of a policy; empty takes `model.path`."""
+    freeze_vision: bool = False
+    """With a backbone of its own: do not train its vision tower. A critic that learns quickly may else lose its sight
+    for good before it has found a use for it (docs/algorithms.md)."""
     learning_rate: float = 9e-6
     """Peak learning rate."""
     warmup_ratio: float = 0.03

@@ -1,6 +1,6 @@
 """How much of the returns PPO's critic predicts with the pictures, and how much the same critic does without them.
 
-    python scripts/critic_sees.py --steps 60
+    python scripts/critic_sees.py --steps 100
 
 The starting policy of `configs/ppo.py` writes completions and stays as it is (`critic.freezing_actor_steps`), so that
 rewards depend on prompts and completions alone. Two critics start from the same parameters and learn from the same
@@ -38,8 +38,8 @@ CRITICS = ("sighted", "blind")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "ppo.py"))
-    parser.add_argument("--steps", type=int, default=60, help="updates of each critic")
-    parser.add_argument("--every", type=int, default=20, help="updates between measurements")
+    parser.add_argument("--steps", type=int, default=100, help="updates of each critic")
+    parser.add_argument("--every", type=int, default=25, help="updates between measurements")
     parser.add_argument("--held-out", type=int, default=256, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where the figures go as well")

@@ -207,7 +207,7 @@ def _check_critic(config: CriticConfig, chosen: Algorithm) -> None:
             raise UserError(
                 f"critic.{field.name} is set, but {chosen.name} has no critic (only {', '.join(with_critic)} has one)"
             )
-    for field, backbone in (("path", "own"), ("loss_weight", "shared")):
+    for field, backbone in (("path", "own"), ("freeze_vision", "own"), ("loss_weight", "shared")):
         if config.backbone != backbone and _is_set(config, field):
             raise UserError(
                 f"critic.{field} is set, but nothing reads it while critic.backbone is {config.backbone!r}: it needs "

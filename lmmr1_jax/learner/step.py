@@ -79,6 +79,8 @@ class Learner:
         self.critic = critic
         self.total_updates = total_updates
         self.frozen_updates = config.critic.freezing_actor_steps * updates_per_rollout(config)
+        self.freeze_vision = config.model.freeze_vision
+        self.freeze_critic_vision = self.freeze_vision or config.critic.freeze_vision
         self.on_policy = updates_per_rollout(config) == 1
         banned = None
         if len(banned_ids):
@@ -150,23 +152,26 @@ class Learner:
         return gradients, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def _initial_state(self, params: dict[str, Any], critic_params: dict[str, Any] | None) -> TrainState:
-        adam, freeze = optimizer.adam(self.config.learner), self.config.model.freeze_vision
-        trained, _ = optimizer.split_frozen(params, freeze)
+        adam = optimizer.adam(self.config.learner)
+        trained, _ = optimizer.split_frozen(params, self.freeze_vision)
         zero = jnp.zeros((), jnp.int32)
         critic = None
         if critic_params is not None:
-            critic = CriticState(critic_params, adam.init(optimizer.split_frozen(critic_params, freeze)[0]))
+            critic_trained, _ = optimizer.split_frozen(critic_params, self.freeze_critic_vision)
+            critic = CriticState(critic_params, adam.init(critic_trained))
         return TrainState(params, adam.init(trained), zero, zero, critic)
 
     def _shard_state(self, abstract: TrainState) -> TrainState:
-        def moments(opt_state, shardings):
-            trained, _ = optimizer.split_frozen(shardings, self.config.model.freeze_vision)
+        def moments(opt_state, shardings, freeze):
+            trained, _ = optimizer.split_frozen(shardings, freeze)
             return opt_state._replace(count=self._replicated, mu=trained, nu=trained)
 
         critic = None
         if abstract.critic is not None:
-            critic = CriticState(self._critic_shardings, moments(abstract.critic.opt_state, self._critic_shardings))
-        policy = moments(abstract.opt_state, self.shardings)
+            shardings = self._critic_shardings
+            opt_state = moments(abstract.critic.opt_state, shardings, self.freeze_critic_vision)
+            critic = CriticState(shardings, opt_state)
+        policy = moments(abstract.opt_state, self.shardings, self.freeze_vision)
         return TrainState(self.shardings, policy, self._replicated, self._replicated, critic)
 
 
@@ -185,24 +190,24 @@ def _update(learner: Learner, state: TrainState, batch: PackedBatch) -> tuple[Tr
     if frozen:
         rate = jnp.where(state.step >= frozen, rate, 0.0)
     follow = finite & (state.step >= frozen) if frozen else finite
-    params, moments = _moved(learner, state.params, state.opt_state, gradients, config, rate, norm, follow)
+    params, moments = _moved(state.params, state.opt_state, gradients, config, rate, norm, follow)
     skipped = state.skipped_updates + jnp.where(finite, 0, 1)
     metrics = metrics | {"grad_norm": norm, "learning_rate": rate, "skipped_updates": skipped}
     if critic is not None:
         config = optimizer_config(learner.config)
         rate = optimizer.learning_rate(state.step, config, learner.total_updates)
-        moved = _moved(learner, critic.params, critic.opt_state, critic_gradients, config, rate, critic_norm, finite)
+        moved = _moved(critic.params, critic.opt_state, critic_gradients, config, rate, critic_norm, finite)
         critic = CriticState(*moved)
         metrics = metrics | {"value/grad_norm": critic_norm, "value/learning_rate": rate}
     return TrainState(params, moments, state.step + 1, skipped, critic), metrics
 
 
-def _moved(learner: Learner, params, opt_state, gradients, config: LearnerConfig, rate, norm, follow):
-    """Parameters and moments after the update where `follow` is true, else as they were."""
-    trained, frozen = optimizer.split_frozen(params, learner.config.model.freeze_vision)
+def _moved(params, opt_state, gradients, config: LearnerConfig, rate, norm, follow):
+    """Parameters and moments after the update where `follow` is true, else as they were, like what has no gradient."""
+    trained = {name: params[name] for name in gradients}
     moved, moments = optimizer.apply(trained, gradients, opt_state, config, rate, norm)
     moved, moments = jax.tree.map(lambda new, old: jnp.where(follow, new, old), (moved, moments), (trained, opt_state))
-    return moved | frozen, moments
+    return params | moved, moments
 
 
 def _gradients(learner: Learner, params: dict[str, Any], critic: dict[str, Any] | None, batch: PackedBatch):
@@ -211,9 +216,8 @@ def _gradients(learner: Learner, params: dict[str, Any], critic: dict[str, Any] 
 
     A critic with a backbone of its own has a loop of its own, so that only one model's activations exist at a time.
     """
-    freeze = learner.config.model.freeze_vision
     own = critic is not None and learner.critic.backbone is not None
-    trained, frozen = optimizer.split_frozen(params, freeze)
+    trained, frozen = optimizer.split_frozen(params, learner.freeze_vision)
 
     def policy_loss(trained, micro):
         return _loss(learner, trained[0] | frozen, trained[1], micro)
@@ -222,7 +226,7 @@ def _gradients(learner: Learner, params: dict[str, Any], critic: dict[str, Any] 
     names = _SUMMED if head is None else (*_SUMMED, *value_loss.METRICS)
     (gradients, critic_gradients), sums, gap = _accumulate(policy_loss, (trained, head), batch, names)
     if own:
-        critic_trained, critic_frozen = optimizer.split_frozen(critic, freeze)
+        critic_trained, critic_frozen = optimizer.split_frozen(critic, learner.freeze_critic_vision)
 
         def critic_loss(trained, micro):
             values = learner.critic.values(learner.network, params, trained | critic_frozen, micro, learner.mesh)

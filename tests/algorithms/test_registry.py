@@ -77,6 +77,7 @@ def test_a_field_that_nothing_reads_is_refused_in_one_line_that_names_it(fields,
         ("rloo", dict(learning_rate=1e-3), "critic.learning_rate is set, but rloo has no critic (only ppo has one)"),
         ("grpo", dict(backbone="shared"), "critic.backbone is set, but grpo has no critic"),
         ("ppo", dict(loss_weight=0.5), "critic.loss_weight is set, but nothing reads it while critic.backbone"),
+        ("ppo", dict(backbone="shared", freeze_vision=True), "critic.freeze_vision is set, but nothing reads it"),
         ("ppo", dict(backbone="shared", path="x"), "critic.path is set, but nothing reads it while critic.backbone is"),
     ],
 )

@@ -27,7 +27,7 @@ RAW = cases.hf_config()
 
 
 @functools.cache
-def learner(backbone=None, *, minibatches=1, freezing=0):
+def learner(backbone=None, *, minibatches=1, freezing=0, freeze_vision=False):
     """One for each set of options; its first moments are its gradients, for Adam forgets and nothing is clipped."""
     network = setting()[0]
     axes = logical_axes(layout(RAW))
@@ -36,7 +36,7 @@ def learner(backbone=None, *, minibatches=1, freezing=0):
         algorithm = AlgorithmConfig(name="ppo", normalize_advantages="none", importance="none")
         critic = CriticConfig(
             backbone=backbone, learning_rate=0.003, max_grad_norm=1e9, loss_weight=WEIGHT,
-            warmup_ratio=0.0, freezing_actor_steps=freezing,
+            warmup_ratio=0.0, freezing_actor_steps=freezing, freeze_vision=freeze_vision,
         )  # fmt: skip
         made = own_critic(network, axes) if backbone == "own" else shared_critic(network)
     settings = LearnerConfig(
@@ -159,6 +159,16 @@ def test_an_own_critic_leaves_the_policys_update_as_it_is_to_the_last_bit():
     ))  # fmt: skip
     assert same_bits(state.params, with_critic.params) and same_bits(state.opt_state, with_critic.opt_state)
     assert metrics == {name: told[name] for name in metrics}
+
+
+def test_a_critics_frozen_tower_keeps_its_bits_and_has_no_moments_while_the_policys_moves():
+    state, _ = learner("own", freeze_vision=True).update(start("own", freeze_vision=True), packed())
+    free, _ = learner("own").update(start("own"), packed())
+    assert same_bits(state.critic.params["vision"], critic_params("own")["vision"])
+    assert not same_bits(free.critic.params["vision"], critic_params("own")["vision"])
+    rest = {name: tree for name, tree in free.critic.opt_state.mu.items() if name != "vision"}
+    cases.assert_gradients_close(state.critic.opt_state.mu, rest)
+    assert same_bits(state.params, free.params) and not same_bits(state.params["vision"], setting()[1]["vision"])
 
 
 @BACKBONES
