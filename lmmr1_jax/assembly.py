@@ -86,13 +86,13 @@ def open_policy(
     """The policy with the sampler that the config names; engines start here and end with the context.
 
     Args:
-      resumed_at, check: see `open_sampler`.
+      resumed_at, check: see `open_sampler`; `check` also while Ray is waited for.
     """
     if config.rollout.sampler == "jax":
         yield assemble_policy(config)
         return
     # Ray first: it starts processes, which a process that runs JAX should not.
-    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus):
+    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus, check=check):
         policy = assemble_policy(config)
         parts = (config, policy.processor, policy.network, policy.source)
         with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:

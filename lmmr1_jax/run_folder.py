@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.errors import UserError
+from lmmr1_jax.stop_signal import StopRequested
 from weights_bridge.errors import CheckpointError
 from weights_bridge.run_checkpoint import copy_side_files
 
@@ -23,8 +24,8 @@ WORK = ("evaluations.jsonl", "metrics.jsonl")
 def open_run_folder(config: TrainConfig) -> Iterator[Path]:
     """The run's folder.
 
-    Where wrong input ends the run before it has done anything, the folder is left as empty as it was found, so that
-    the mended command is not refused.
+    Where wrong input or a signal ends the run before it has done anything, the folder is left as empty as it was found,
+    so that the mended command, or the same again, is not refused.
 
     Raises:
       UserError: the folder is not empty and `run.resume` is not set, or it cannot be made.
@@ -40,7 +41,7 @@ def open_run_folder(config: TrainConfig) -> Iterator[Path]:
     (folder / "checkpoints").mkdir(exist_ok=True)
     try:
         yield folder
-    except (UserError, CheckpointError):
+    except (UserError, CheckpointError, StopRequested):
         work = [*(folder / "checkpoints").glob("[0-9]*"), *filter(Path.exists, map(folder.joinpath, WORK))]
         if not occupied and not work:
             shutil.rmtree(folder)

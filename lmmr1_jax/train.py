@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any
 
 from lmmr1_jax.colocation import share_devices
@@ -27,33 +28,36 @@ def train(config: TrainConfig) -> dict[str, Any]:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
       SamplerLost: no vLLM engine is left; a checkpoint has been written.
       RewardFailed: a source of rewards failed and `rewards.on_error` is "stop"; a checkpoint has been written.
-      StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it.
+      StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it. Where
+        nothing had been done yet, there is neither a checkpoint nor a folder.
     """
-    share_devices(config.vllm)
-    from lmmr1_jax import assembly
-    from lmmr1_jax.algorithms import registry
-    from lmmr1_jax.compilation import release_memory
-    from lmmr1_jax.data.held_out import HeldOut
-    from lmmr1_jax.data.skips import SkipLog
-    from lmmr1_jax.errors import SamplerLost
-    from lmmr1_jax.gap_watch import GapWatch
-    from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
-    from lmmr1_jax.rewards.sources import RewardFailed
-    from lmmr1_jax.rewards.specs import check_rewards
-    from lmmr1_jax.rewards.verifier import Verifier
-    from lmmr1_jax.rollout.ahead import Ahead
-    from lmmr1_jax.rollout.evaluation import evaluate
-    from lmmr1_jax.rollout.gap_probe import GapProbe
-    from lmmr1_jax.rollout.jax_sampler import sampling_key
-    from lmmr1_jax.run_folder import describe_run, open_run_folder
-    from lmmr1_jax.step import Step, Stopwatch, lag
     from lmmr1_jax.stop_signal import StopRequested, StopSignal
-    from lmmr1_jax.tracking.tracker import Tracker
 
-    config = registry.checked(config)
-    check_rewards(config.rewards)
     with contextlib.ExitStack() as open_parts:
-        stop = open_parts.enter_context(StopSignal())
+        stop = open_parts.enter_context(StopSignal())  # first: a Ctrl-C while JAX is imported is easily lost
+        share_devices(config.vllm)
+        from lmmr1_jax import assembly
+        from lmmr1_jax.algorithms import registry
+        from lmmr1_jax.compilation import release_memory
+        from lmmr1_jax.data.held_out import HeldOut
+        from lmmr1_jax.data.skips import SkipLog
+        from lmmr1_jax.errors import SamplerLost
+        from lmmr1_jax.gap_watch import GapWatch
+        from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
+        from lmmr1_jax.rewards.sources import RewardFailed
+        from lmmr1_jax.rewards.specs import check_rewards
+        from lmmr1_jax.rewards.verifier import Verifier
+        from lmmr1_jax.rollout.ahead import Ahead
+        from lmmr1_jax.rollout.evaluation import evaluate
+        from lmmr1_jax.rollout.gap_probe import GapProbe
+        from lmmr1_jax.rollout.jax_sampler import sampling_key
+        from lmmr1_jax.run_folder import describe_run, open_run_folder
+        from lmmr1_jax.step import Step, Stopwatch, lag
+        from lmmr1_jax.tracking.tracker import Tracker
+
+        config = registry.checked(config)
+        check_rewards(config.rewards)
+        stop.check()
         folder = open_parts.enter_context(open_run_folder(config))
         written = whole_steps(folder / "checkpoints")
         resumes = config.run.resume and bool(written)
@@ -63,8 +67,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             assembly.open_policy(config, resumed_at=max(written, default=0), check=stop.check)
         )
         rewards = open_parts.enter_context(assembly.build_rewards(config, policy, verifier, stop.check))
+        stop.check()
         prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
         assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
+        stop.check()
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
         feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
         open_parts.callback(feeder.close)
@@ -211,7 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         summary = train(config)
-    except StopRequested:
+    except StopRequested as reason:
+        if not Path(config.run.dir).exists():
+            print(f"stopped by {reason} before anything was done")
         return 143
     before, after = (summary["evaluation"][when] for when in ("before", "after"))
     if before and after:

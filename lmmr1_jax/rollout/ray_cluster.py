@@ -53,11 +53,12 @@ class Places:
 
 
 @contextlib.contextmanager
-def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
+def connected(config: RayConfig, *, cpus: int, check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Inside, Ray is connected; afterwards it is not, and what was started here has ended.
 
     Args:
       cpus: that the engines need, for a cluster that is started here.
+      check: called again and again while the cluster is waited for; what it raises ends the waiting.
 
     Raises:
       UserError: Ray is not installed, or the cluster does not answer.
@@ -77,7 +78,7 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
     at_home = not config.address or config.address.rpartition(":")[0] in ("127.0.0.1", "localhost")
     with _on_localhost() if at_home else contextlib.nullcontext():
         if config.address:
-            os.environ["RAY_AUTH_MODE"] = _try_to_join(config)
+            os.environ["RAY_AUTH_MODE"] = _try_to_join(config, check)
         import ray  # which reads its environment now
 
         try:
@@ -89,14 +90,25 @@ def connected(config: RayConfig, *, cpus: int) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             where = f"ray.address {config.address}" if config.address else "a Ray cluster on this machine"
             raise UserError(f"{where} can't be used: {' '.join(str(error).split())[:300]}") from None
+        except SystemExit:  # Ray takes SIGTERM for itself and leaves so: it is said to whom it was meant for
+            _give_back(handlers)
+            ray.shutdown()
+            signal.raise_signal(signal.SIGTERM)
+            check()
+            raise
         finally:
-            for number, handler in handlers.items():  # Ray takes SIGTERM for itself
-                signal.signal(number, handler)
+            _give_back(handlers)
     with _no_chatter():
         try:
+            check()
             yield
         finally:
             ray.shutdown()
+
+
+def _give_back(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -170,7 +182,7 @@ def _no_room(bundle: Mapping[str, float], count: int, label: str) -> str:
     return f"another run holds it; free are {there}"
 
 
-def _try_to_join(config: RayConfig) -> str:
+def _try_to_join(config: RayConfig, check: Callable[[], None]) -> str:
     """How to join the cluster: Ray's mode of authentication.
 
     Ray itself waits for minutes for an address that does not answer, or that something else answers at. It takes a
@@ -178,7 +190,7 @@ def _try_to_join(config: RayConfig) -> str:
     """
     deadline = time.monotonic() + config.timeout
     if config.address != "auto":
-        _await_listener(config, deadline)
+        _await_listener(config, deadline, check)
     told = os.environ.get("RAY_AUTH_MODE")
     modes = [told] if told else ["token", "disabled"] if _has_token() else ["disabled"]
     said = "it does not answer as a Ray cluster"
@@ -187,15 +199,13 @@ def _try_to_join(config: RayConfig) -> str:
             # A process can be given up, a call into Ray can't; and what Ray's libraries write stays in it.
             command = [sys.executable, "-c", _JOIN, config.address]
             environment = os.environ | {"RAY_AUTH_MODE": mode}
-            try:
-                left = max(0.0, deadline - time.monotonic())
-                joined = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
-            except subprocess.TimeoutExpired:
+            joined = _run(command, environment, deadline, check)
+            if joined is None:
                 raise UserError(
                     f"ray.address {config.address} can't be used within ray.timeout, {config.timeout:g} s: "
                     f"{said[:300]} (with {'a' if _has_token() else 'no'} token, see scripts/ray_head.sh; this machine "
                     "must be a node of the cluster and have its version of Ray)"
-                ) from None
+                )
             if not joined.returncode:
                 return mode
             lines = (joined.stdout.strip() or joined.stderr.strip()).splitlines()
@@ -219,7 +229,24 @@ except Exception as error:
 """
 
 
-def _await_listener(config: RayConfig, deadline: float) -> None:
+def _run(
+    command: list[str], environment: dict[str, str], deadline: float, check: Callable[[], None]
+) -> subprocess.CompletedProcess[str] | None:
+    """A program with what it wrote; None, and it has ended, where it was not done by the deadline."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    written = process.communicate(timeout=POLL_SECONDS)
+                    return subprocess.CompletedProcess(command, process.returncode, *written)
+                check()
+            return None
+        finally:
+            process.kill()
+
+
+def _await_listener(config: RayConfig, deadline: float, check: Callable[[], None]) -> None:
     """Until somebody listens at the address: a head node may start a moment later than the run."""
     if "://" in config.address:
         raise UserError(
@@ -236,6 +263,7 @@ def _await_listener(config: RayConfig, deadline: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(f"ray.address {config.address} does not answer: {error.strerror or error}") from None
+            check()
             time.sleep(POLL_SECONDS)
 
 

@@ -132,6 +132,19 @@ def test_held_out_prompts_that_are_all_unusable_give_no_figures(tmp_path):
     assert summary["skipped"] == 1
 
 
+def test_ctrl_c_is_heard_while_jax_is_imported(tmp_path):
+    command = [sys.executable, "-m", "lmmr1_jax.train", *SMALL, "--run.steps", "300", "--run.dir", str(tmp_path / "r")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while "jaxlib" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert output.splitlines() == ["stopped by SIGINT before anything was done"]
+
+
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
     folder = tmp_path / "stopped"
     settings = ["--run.steps", "300", "--checkpoint.every", "1000", "--eval.size", "4"]

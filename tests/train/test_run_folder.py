@@ -7,6 +7,7 @@ import pytest
 from lmmr1_jax.config import RunConfig, TrainConfig
 from lmmr1_jax.errors import SamplerLost, UserError
 from lmmr1_jax.run_folder import open_run_folder
+from lmmr1_jax.stop_signal import StopRequested
 
 
 def opened(folder, **fields):
@@ -19,6 +20,13 @@ def test_wrong_input_leaves_no_folder_behind(tmp_path):
             (folder / "skipped.jsonl").touch()
             raise UserError("no such model")
         assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_stopped_before_it_has_done_anything_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(StopRequested), opened(tmp_path / "run") as folder:
+        (folder / "config.json").touch()
+        raise StopRequested("SIGINT")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("work", ["checkpoints/0", "evaluations.jsonl", "metrics.jsonl"])
