@@ -245,4 +245,9 @@ def count_steps(config: TrainConfig, prompts: int) -> int:
         raise UserError(
             f"{prompts} prompts give no step of rollout.prompts={config.rollout.prompts}: lower it or set run.steps"
         )
+    if config.critic.freezing_actor_steps >= steps:
+        raise UserError(
+            f"critic.freezing_actor_steps is {config.critic.freezing_actor_steps}, but the run has {steps} steps: the "
+            "policy would never be trained; it must be fewer"
+        )
     return steps

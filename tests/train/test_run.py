@@ -175,6 +175,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on_from_it(tmp_path):
         (["--algorithm.reward-clip", "3"], "reward_clip"),
         (["--critic.learning-rate", "1e-4"], "critic.learning_rate"),
         (["--algorithm.name", "ppo", "--critic.path", "no/such/critic"], "no/such/critic"),
+        (["--algorithm.name", "ppo", "--critic.freezing-actor-steps", "3"], "critic.freezing_actor_steps"),
         (["--rollout.completions", "1"], "rollout.completions"),
         (["--mesh.tensor", "64"], "mesh"),
     ],
