@@ -125,7 +125,7 @@ class VllmConfig:
     restarts: int = 3
     """How often in a row an engine is replaced before it has finished a group."""
     arguments: str = ""
-    """More arguments of vLLM's EngineArgs, as a JSON object."""
+    """More arguments of vLLM's EngineArgs, as a JSON object; not those that the run needs as they are."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,9 @@ model's pictures is checked where these are known: in `algorithms.registry`, `le
 from __future__ import annotations
 
 import functools
+import json
 import math
+from typing import Any
 
 from lmmr1_jax.config import RayConfig, RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.config_fields import field_types
@@ -50,6 +52,34 @@ _RANGES = (
 # Limits that may be no limit.
 _MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm", "critic.max_grad_norm")
 
+# Arguments of vLLM that say what is sampled and what the engine's log-probs are of: weights from the bridge, no vision
+# token, nothing of the model's own settings for sampling.
+_ARGUMENTS_OF_THE_RUN = (
+    "model load_format logprobs_mode generation_config logits_processors additional_config weight_transfer_config "
+    "async_scheduling"
+).split()
+
+
+def engine_arguments(vllm: VllmConfig) -> dict[str, Any]:
+    """What `vllm.arguments` says.
+
+    Raises:
+      UserError: it is no JSON object, or names an argument that is the run's own.
+    """
+    try:
+        arguments = json.loads(vllm.arguments or "{}")
+    except ValueError as error:
+        raise UserError(f"vllm.arguments is no JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise UserError("vllm.arguments must be a JSON object")
+    for name in arguments:
+        if name in _ARGUMENTS_OF_THE_RUN:
+            raise UserError(
+                f"vllm.arguments has {name!r}, which the run sets itself: with another value engines would sample, or "
+                "report, something else than the learner learns from; leave it out"
+            )
+    return arguments
+
 
 def check_ranges(config: TrainConfig) -> None:
     """Raises UserError, which names the field, its value and what it must be; NaN is outside every range."""
@@ -92,5 +122,6 @@ def _check_sampler(config: TrainConfig) -> None:
             f"vllm.colocate leaves the learner what vllm.memory_share does not take of each GPU; {vllm.memory_share} "
             "is too much, 0.4 is a start"
         )
+    engine_arguments(vllm)
     if vllm.label and not all(vllm.label.partition("=")):
         raise UserError(f"vllm.label is {vllm.label!r}; it must be NAME=VALUE")

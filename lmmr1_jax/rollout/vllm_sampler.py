@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lmmr1_jax.config import TrainConfig, VllmConfig
+from lmmr1_jax.config_ranges import engine_arguments
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.models.network import Network
@@ -290,12 +291,6 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
     dtype = config.vllm.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    try:
-        arguments = json.loads(config.vllm.arguments or "{}")
-    except ValueError as error:
-        raise UserError(f"vllm.arguments is no JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise UserError("vllm.arguments must be a JSON object")
     kv_cache_gib = config.vllm.kv_cache_gib or (0.0 if on_gpu else CPU_KV_CACHE_GIB)
     return EngineSettings(
         dtype=dtype,
@@ -314,7 +309,7 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
         max_pixels=config.data.max_pixels + MAX_PICTURE_SLACK,
         backend=backend,
         cpu_threads=0 if on_gpu else config.vllm.cpus,
-        arguments=arguments,
+        arguments=engine_arguments(config.vllm),
     )
 
 

@@ -225,3 +225,18 @@ def test_a_users_error_is_one_line_on_stderr_and_status_two(error, capsys):
 def test_a_config_needs_no_jax():
     code = "import sys, lmmr1_jax.config_cli as c; c.parse_train_config(['--resume']); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("{", "is no JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"logits_processors": []}', "logits_processors"),
+        ('{"max_num_batched_tokens": 64, "logprobs_mode": "raw_logprobs"}', "logprobs_mode"),
+    ],
+)
+def test_vllms_arguments_cannot_change_what_is_sampled(arguments, words):
+    with pytest.raises(UserError, match=f"^vllm.arguments .*{words}"):
+        parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", arguments])
+    parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", '{"max_num_batched_tokens": 64}'])
