@@ -146,7 +146,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         except (StopRequested, SamplerLost) as reason:
             leave(reason, {name: part.state() for name, part in remembering.items()})
 
-        first = done
+        first, left_out = done, int(state.skipped_updates)
         while done < total_steps:
             memory = {name: part.state() for name, part in remembering.items()}
             watch = Stopwatch()
@@ -189,6 +189,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 | {"tokens_per_second": tokens / watch.total, "skipped": skips.total, "animated": feeder.animated},
                 rollouts,
             )
+            if (now_left_out := int(metrics["skipped_updates"])) > left_out:
+                tracker.warn(f"step {done}: {now_left_out - left_out} updates left out: a gradient was not finite")
+                left_out = now_left_out
             for warning in rewards.warnings():
                 tracker.warn(warning)
             if interrupted is None and (warning := gap.observe(done, metrics["gap/mean"])):

@@ -60,6 +60,18 @@ def test_a_function_that_fails_ends_the_run_with_a_checkpoint_to_resume_from(tmp
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["evaluation"]["after"]["prompts"] == 4
 
 
+def test_updates_that_are_left_out_are_said(tmp_path):
+    function = tmp_path / "huge.py"
+    function.write_text(
+        "def reward_func(queries, prompts, labels):\n    return [1e308 * (-1) ** i for i, _ in enumerate(queries)]\n"
+    )
+    done = train(tmp_path / "run", "--rewards.functions", str(function))
+    assert done.returncode == 0, done.stderr
+    assert [record["skipped_updates"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    warnings = [line for line in done.stdout.splitlines() if "left out" in line]
+    assert warnings == [f"warning: step {step}: 1 updates left out: a gradient was not finite" for step in (1, 2)]
+
+
 def test_a_server_that_is_gone_costs_its_completions_where_the_config_says_so(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
