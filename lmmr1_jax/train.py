@@ -117,6 +117,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     held_out.encoded(),
                     key=sampling_key(config.run.seed, done),
                     max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                    check=stop.check,
                 )
             if not result.prompts:
                 tracker.warn("no held-out prompt can be used, so there is no evaluation; skipped.jsonl says why")
@@ -190,7 +191,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 rollouts,
             )
             if (now_left_out := int(metrics["skipped_updates"])) > left_out:
-                tracker.warn(f"step {done}: {now_left_out - left_out} updates left out: a gradient was not finite")
+                tracker.warn(f"step {done}: updates left out for gradients not finite: {now_left_out - left_out}")
                 left_out = now_left_out
             for warning in rewards.warnings():
                 tracker.warn(warning)

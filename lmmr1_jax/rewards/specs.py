@@ -111,8 +111,12 @@ def read_models(config: RewardsConfig) -> list[ModelSpec]:
 
 def check_names(names: Iterable[str]) -> None:
     """Raises UserError where two sources, or a source and a figure of our own, would share a metric."""
-    seen = set(RESERVED)
+    seen = set()
     for name in names:
+        if name in RESERVED:
+            raise UserError(
+                f"a reward is called {name!r}, which is a metric of the run: give it another name, as in other_name=..."
+            )
         if name in seen:
             raise UserError(f"two rewards are called {name!r}: give one another name, as in other_name=...")
         seen.add(name)

@@ -122,12 +122,14 @@ def evaluate(
     top_p: float = 1.0,
     top_k: int = 0,
     prompts_at_a_time: int = PROMPTS_AT_A_TIME,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Samples n completions of each prompt, greedily unless a temperature says otherwise, and judges them.
 
     Args:
       decode_text: `Processor.decode`.
       encoded: prompts with labels; taken `prompts_at_a_time`.
+      check: called before each of these batches; what it raises ends the evaluation.
 
     Raises:
       ValueError: k is greater than n.
@@ -136,6 +138,7 @@ def evaluate(
         raise ValueError(f"k must be from 1 to n={n}, not {k}")
     results: list[PromptResult] = []
     for batch in _batches(encoded, prompts_at_a_time):
+        check()
         sampled = sampler.sample(
             batch,
             n,

@@ -236,7 +236,7 @@ def test_a_process_that_is_killed_is_replaced(source):
         ({"functions": (f"{__file__}*x",)}, "is not .*WEIGHT"),
         ({"functions": (f"{__file__}*nan",)}, "is not .*WEIGHT"),
         ({"functions": (__file__, __file__)}, "two rewards are called 'test_functions'"),
-        ({"functions": (f"accuracy={__file__}",)}, "two rewards are called 'accuracy'"),
+        ({"functions": (f"accuracy={__file__}",)}, "a reward is called 'accuracy', which is a metric of the run"),
         ({"urls": ("localhost:5000",)}, "is no address"),
         ({"urls": ("file:///etc/passwd",)}, "is no address"),
         ({"urls": ("http://a:99999/x",)}, "is no address"),

@@ -174,7 +174,7 @@ def test_entries_name_a_folder_and_perhaps_a_metric_and_a_weight(folder):
         (("nowhere/at/all",), "nowhere/at/all: there is no Hugging Face folder"),
         (("{}*much",), "is not [NAME=]FOLDER[*WEIGHT]"),
         (("{}", "{}"), "two rewards are called 'helpful'"),
-        (("accuracy={}",), "two rewards are called 'accuracy'"),
+        (("accuracy={}",), "a reward is called 'accuracy'"),
     ],
 )
 def test_entries_that_make_no_sense_are_refused_before_anything_is_loaded(folder, models, said):

@@ -67,3 +67,19 @@ def test_a_report_averages_over_prompts_and_sources():
 def test_k_above_n_is_refused():
     with pytest.raises(ValueError, match="k must be"):
         evaluate(Sampler(), str, Verifier(), [], key=jax.random.key(0), max_new_tokens=1, n=2, k=3)
+
+
+def test_a_stop_ends_an_evaluation_between_batches():
+    taken = []
+
+    def check():
+        if len(taken) == 2:
+            raise InterruptedError
+
+    prompts = (taken.append(None) or prompt(1, "counting") for _ in range(6))
+    with pytest.raises(InterruptedError):
+        evaluate(
+            Sampler(), lambda ids: str(ids[0]), Verifier(), prompts,
+            key=jax.random.key(0), max_new_tokens=1, n=4, prompts_at_a_time=1, check=check,
+        )  # fmt: skip
+    assert len(taken) == 2

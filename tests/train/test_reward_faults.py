@@ -69,7 +69,7 @@ def test_updates_that_are_left_out_are_said(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [record["skipped_updates"] for record in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
     warnings = [line for line in done.stdout.splitlines() if "left out" in line]
-    assert warnings == [f"warning: step {step}: 1 updates left out: a gradient was not finite" for step in (1, 2)]
+    assert warnings == [f"warning: step {step}: updates left out for gradients not finite: 1" for step in (1, 2)]
 
 
 def test_a_server_that_is_gone_costs_its_completions_where_the_config_says_so(tmp_path):
