@@ -52,11 +52,11 @@ _RANGES = (
 # Limits that may be no limit.
 _MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm", "critic.max_grad_norm")
 
-# Arguments of vLLM that say what is sampled and what the engine's log-probs are of: weights from the bridge, no vision
-# token, nothing of the model's own settings for sampling.
+# Arguments of vLLM that say what is sampled and what the engine's log-probs are of (weights from the bridge, no vision
+# token, nothing of the model's own settings for sampling), and that no code which comes with a model is run.
 _ARGUMENTS_OF_THE_RUN = (
     "model load_format logprobs_mode generation_config logits_processors additional_config weight_transfer_config "
-    "async_scheduling"
+    "async_scheduling trust_remote_code"
 ).split()
 
 
@@ -75,8 +75,8 @@ def engine_arguments(vllm: VllmConfig) -> dict[str, Any]:
     for name in arguments:
         if name in _ARGUMENTS_OF_THE_RUN:
             raise UserError(
-                f"vllm.arguments has {name!r}, which the run sets itself: with another value engines would sample, or "
-                "report, something else than the learner learns from; leave it out"
+                f"vllm.arguments has {name!r}, which is not to be chosen: what engines sample, report and run depends "
+                "on it; leave it out"
             )
     return arguments
 

@@ -234,9 +234,10 @@ def test_a_config_needs_no_jax():
         ("[]", "must be a JSON object"),
         ('{"logits_processors": []}', "logits_processors"),
         ('{"max_num_batched_tokens": 64, "logprobs_mode": "raw_logprobs"}', "logprobs_mode"),
+        ('{"trust_remote_code": true}', "trust_remote_code"),
     ],
 )
-def test_vllms_arguments_cannot_change_what_is_sampled(arguments, words):
+def test_vllms_arguments_cannot_change_what_is_sampled_or_run(arguments, words):
     with pytest.raises(UserError, match=f"^vllm.arguments .*{words}"):
         parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", arguments])
     parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", '{"max_num_batched_tokens": 64}'])

@@ -192,7 +192,7 @@ ADAPTIVE = "--algorithm.name dapo --algorithm.kl-coefficient 0.1 --algorithm.kl-
 
 
 # Two models that are trained, the second alone at first; or one with two heads and two updates a step.
-OWN = "--algorithm.name ppo --critic.learning-rate 1e-3 --critic.freezing-actor-steps 2"
+OWN = "--algorithm.name ppo --critic.learning-rate 1e-3 --critic.freezing-actor-steps 2 --critic.freeze-vision"
 SHARED = "--algorithm.name ppo --critic.backbone shared --critic.learning-rate 1e-3 --learner.minibatches 2"
 
 
