@@ -33,7 +33,7 @@ class SmallEngine:
         self._version: int | None = None
         self._buckets = 0
         self._running = 0
-        self._updating = False
+        self._draining = self._updating = False
 
     async def built(self) -> EngineInfo:
         if self._fault == "unfit":
@@ -47,7 +47,7 @@ class SmallEngine:
         """Nothing to compare."""
 
     async def generate(self, request: GroupRequest) -> list[SampledCompletion]:
-        while self._updating or self._version is None:
+        while self._draining or self._updating or self._version is None:
             await asyncio.sleep(0.005)
         if "poison" in request.name:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -73,9 +73,10 @@ class SmallEngine:
         ]
 
     async def begin_update(self, within: bool) -> None:
-        while self._running and not within:
+        self._draining = not within
+        while self._draining and self._running:
             await asyncio.sleep(0.005)
-        self._updating, self._buckets = True, 0
+        self._draining, self._updating, self._buckets = False, True, 0
 
     async def receive(self, places: list[tuple[str, int]], bucket: list[Any]) -> None:
         await bucket[0]
