@@ -24,8 +24,8 @@ from lmmr1_jax.rollout.vllm_protocol import (
 class SmallEngine:
     """Completion i of request NAME is the bytes of "NAME/i". A request takes a millisecond a token.
 
-    Faults: "late" takes two seconds to be built, "never" for ever; "unfit" and "stillborn" can't be built; "raises",
-    "dies" and "hangs" do so at the second bucket of an update.
+    Faults: "late FILE" is built when the file is there, "never" never; "unfit" and "stillborn" can't be built;
+    "raises", "dies" and "hangs" do so at the second bucket of an update.
     """
 
     def __init__(self, fault: str = ""):
@@ -40,7 +40,9 @@ class SmallEngine:
             raise EngineUnfit("no engine of this kind")
         if self._fault == "stillborn":
             raise EngineFailed("no room for a model")
-        await asyncio.sleep({"late": 2.0, "never": 1e6}.get(self._fault, 0.0))
+        fault, _, file = self._fault.partition(" ")
+        while fault == "never" or (fault == "late" and not os.path.exists(file)):
+            await asyncio.sleep(0.02)
         return EngineInfo(socket.gethostname(), os.getpid(), "none")
 
     async def initialise(self, info: dict[str, Any]) -> None:

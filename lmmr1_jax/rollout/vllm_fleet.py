@@ -191,7 +191,9 @@ class Fleet:
         for _, call in self._each(engines, ask, self._settings.request_timeout):
             groups.append(_value(call))
         if not groups:
-            raise SamplerLost("no vLLM engine answers after a sync")
+            with self._lock:
+                fault = self._hopeless()
+            raise SamplerLost(fault or "no vLLM engine answers after a sync")
         return groups
 
     def sleep(self) -> None:

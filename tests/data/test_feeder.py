@@ -83,7 +83,10 @@ def test_no_more_than_so_many_prompts_are_prepared_ahead():
     encoder = Encoder(bad=lambda row: False, pause=0)
     made = feeder(encoder, workers=2, ahead=4)
     made.take(3)
-    time.sleep(0.2)
+    end = time.monotonic() + 10
+    while encoder.started < 3 + 4 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.1)
     assert encoder.started == 3 + 4
     made.close()
 

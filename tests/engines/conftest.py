@@ -17,6 +17,7 @@ def cluster():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))
+        patch.setenv("RAY_worker_niceness", "0")  # else whatever is busy beside the tests starves engines
         with connected(RayConfig(), cpus=16):
             yield
 

@@ -41,7 +41,7 @@ class Case:
         self.sampler, self.fleet = sampler, sampler.fleet
         self.prompts = [policy.processor.encode(prompt) for prompt in shape_prompts("train", 96)]
         params = policy.load()
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(4)  # no two tokens are nearly as likely anywhere, as they are with 0
         other = jax.tree.map(lambda leaf: leaf * (1 + 0.3 * rng.standard_normal(leaf.shape, np.float32)), params)
         self.weights = [params, other]
         self.expected = []

@@ -157,13 +157,14 @@ def test_an_engine_that_hangs_is_replaced_and_its_process_ends(fleets):
     assert gone(hanging)
 
 
-def test_a_late_engine_joins_with_the_current_weights(fleets):
-    fleet = fleets({(1, 0): "late"})
+def test_a_late_engine_joins_with_the_current_weights(fleets, tmp_path):
+    fleet = fleets({(1, 0): f"late {tmp_path / 'now'}"})
     fleet.load(ThreeBuckets(), 0)
     assert len(fleet.infos) == 1
     assert_whole(requests(4), fleet.collect(fleet.submit(requests(4))), 0)
     fleet.forget()
     fleet.load(ThreeBuckets(), 7)
+    (tmp_path / "now").touch()
     await_engines(fleet, 2)
     asked = requests(8, tokens=100)
     assert_whole(asked, fleet.collect(fleet.submit(asked)), 7)
@@ -228,6 +229,9 @@ def test_what_cannot_be_built_is_given_up_at_once_and_the_others_go_on(fleets):
     fleet.load(ThreeBuckets(), 0)
     asked = requests(6)
     assert_whole(asked, fleet.collect(fleet.submit(asked)), 0)
+    deadline = time.monotonic() + 60
+    while not fleet.said and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert fleet.said == ["vLLM engine 0 is given up: no engine of this kind"] and fleet.replaced == 0
     hopeless = fleets({(0, 0): "unfit", (1, 0): "unfit"})
     with pytest.raises(SamplerLost, match="no vLLM engine is left: no engine of this kind$"):

@@ -55,7 +55,7 @@ def answering(content, **more):
 
 
 def stall(handler, body):
-    time.sleep(3.0)
+    time.sleep(60.0)
 
 
 def drip(handler, body):
@@ -63,14 +63,14 @@ def drip(handler, body):
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
-    for _ in range(60):
+    for _ in range(900):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
 
 
 def drip_headers(handler, body):
-    for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40:
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 900:
         handler.wfile.write(bytes([byte]))
         handler.wfile.flush()
         time.sleep(0.05)
@@ -111,7 +111,7 @@ def serving(*script):
 
 
 def source(*urls, interrupt=lambda: None, **changes):
-    settings = {"url_timeout": 0.8, "url_tries": 3, "url_wait": 0.05, **changes}
+    settings = {"url_timeout": 20.0, "url_tries": 3, "url_wait": 0.05, **changes}
     return ServerSource(ServerSpec("judge", 0.5, urls), RewardsConfig(**settings), interrupt)
 
 
@@ -174,8 +174,8 @@ def test_what_may_be_better_the_next_time_is_tried_again(name):
 def test_a_server_that_stalls_is_left_after_the_time_limit(behave):
     with serving(behave) as server:
         start = time.monotonic()
-        assert judge(source(server.url), rollout(["abc"]))[0][0].total == 1.5
-        assert 0.7 < time.monotonic() - start < 2.5
+        assert judge(source(server.url, url_timeout=0.8), rollout(["abc"]))[0][0].total == 1.5
+        assert 0.7 < time.monotonic() - start < 30
 
 
 def test_an_answer_without_end_is_not_read_to_its_end():
@@ -273,7 +273,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server():
 
     with serving(stall) as server, pytest.raises(Stop):
         judge(source(server.url, url_timeout=100.0, interrupt=interrupt), rollout(["abc"]))
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 30
 
 
 def test_nothing_to_judge_is_nothing():

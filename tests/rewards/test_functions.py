@@ -1,5 +1,6 @@
 """Your own reward function: what it is given, what it may return, and what its faults cost."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -183,6 +184,15 @@ def test_the_config_says_whether_a_fault_ends_the_run_or_costs_its_completions(s
     assert len(rewards.warnings()) == 1
 
 
+def running(pids: list[int]) -> bool:
+    """Whether any of them still does."""
+    states = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+    return any(state not in "ZX" for state in states)
+
+
 def test_the_function_runs_in_another_process_that_ends_with_all_it_started(source):
     function = source(
         """
@@ -197,8 +207,7 @@ def test_the_function_runs_in_another_process_that_ends_with_all_it_started(sour
     assert os.getpid() not in pids and all(Path(f"/proc/{pid}").exists() for pid in pids)
     function.close()
     end = time.monotonic() + 10
-    states = lambda: [Path(f"/proc/{p}/stat") for p in pids if Path(f"/proc/{p}/stat").exists()]  # noqa: E731
-    while any(")" in s.read_text() and s.read_text().rpartition(")")[2].split()[0] not in "ZX" for s in states()):
+    while running(pids):
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -224,7 +233,10 @@ def test_a_process_that_is_killed_is_replaced(source):
     function = source("import os\ndef reward_func(queries, prompts, labels): return [os.getpid()]")
     first = int(judge(function, rollout(["a"]))[0][0].total)
     os.kill(first, signal.SIGKILL)
-    time.sleep(0.2)
+    end = time.monotonic() + 10
+    while running([first]):
+        assert time.monotonic() < end
+        time.sleep(0.02)
     assert int(judge(function, rollout(["a"]))[0][0].total) != first
 
 

@@ -61,6 +61,7 @@ def server():
     with serving("--workers", "2", "--timeout", str(LIMIT), "--max-items", "200", "--max-bytes", "3000000") as process:
         for _ in range(2):
             ask(process, [answer(1)] * 8, ["1"] * 8)
+        await_health(process, workers=2)
         yield process
 
 
@@ -83,6 +84,14 @@ def ask(server, texts, labels, **more):
 
 def health(server):
     return request(server, "GET", "/health")[1]
+
+
+def await_health(server, **wanted):
+    """Until it says so of itself."""
+    end = time.monotonic() + 20
+    while not wanted.items() <= (told := health(server)).items():
+        assert time.monotonic() < end, told
+        time.sleep(0.02)
 
 
 def processes(server):
@@ -121,7 +130,6 @@ def test_an_item_may_name_its_verifier(server):
 def test_two_hundred_requests_at_once_a_tenth_of_them_bombs(server):
     """All others are answered right, memory stays bounded, and every worker is there afterwards."""
     bombs = [HANG, *(answer(bomb) for bomb in BOMBS.values())]
-    before = health(server)["workers"]
     largest = 0
 
     def one(number):
@@ -143,7 +151,7 @@ def test_two_hundred_requests_at_once_a_tenth_of_them_bombs(server):
             assert future.result()["rewards"] == [1.5, 0.5, 1.5] and future.result()["faults"] == [None] * 3
     assert largest < 1 << 30
     assert ask(server, [answer(3)] * 50, ["3"] * 50)["rewards"] == [1.5] * 50
-    assert health(server) == {"workers": before, "requests": 0, "bytes": 0} and before == 2
+    await_health(server, workers=2, requests=0, bytes=0)
 
 
 def test_requests_that_are_answered_do_not_wait_for_a_bomb_that_came_before_them(server):
@@ -202,22 +210,19 @@ def test_it_loads_nothing_of_jax(server):
 
 
 def test_too_many_requests_at_a_time_are_refused_and_a_slow_body_holds_nobody_up():
-    with serving("--workers", "1", "--timeout", "3", "--max-requests", "2") as small:
+    with serving("--workers", "1", "--timeout", "6", "--max-requests", "2") as small:
         ask(small, [answer(1)], ["1"])
         slow = socket.create_connection(("127.0.0.1", small.port))
         slow.sendall(b"POST /get_reward HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{")
-        time.sleep(0.3)
+        await_health(small, requests=1)
         assert ask(small, [answer(1)], ["1"])["rewards"] == [1.5]
         with ThreadPoolExecutor(1) as threads:
             bomb = threads.submit(ask, small, [HANG], ["3"])
-            time.sleep(0.5)
+            await_health(small, requests=2)
             assert request(small, "POST", "/get_reward", b"{}")[0] == 503
             assert bomb.result()["faults"] == ["timeout"]
         slow.close()
-        end = time.monotonic() + 5
-        while health(small)["requests"]:  # whoever hangs up is forgotten
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        await_health(small, requests=0)  # whoever hangs up is forgotten
 
 
 def test_ending_it_ends_its_workers_even_busy_ones():
@@ -226,7 +231,7 @@ def test_ending_it_ends_its_workers_even_busy_ones():
         pids = processes(busy)
         with ThreadPoolExecutor(1) as threads:
             hanging = threads.submit(ask, busy, [HANG], ["3"])
-            time.sleep(0.3)
+            await_health(busy, requests=1)
             busy.terminate()
             busy.wait(20)
             with pytest.raises(AssertionError, match="the server is ending"):
