@@ -104,7 +104,7 @@ class VllmConfig:
     eager: bool = False
     """No CUDA graphs and no compilation: a faster start and slower sampling. Always so on a CPU."""
     pictures: int = 8
-    """Pictures of one prompt, at most."""
+    """Pictures of one prompt, at most; prompts with more are skipped."""
     transport: Literal["auto", "host", "nccl", "ipc"] = "auto"
     """How weights travel: `host` through Ray's object store, from any learner to any engine; `nccl` between GPUs,
     `ipc` within one; auto takes host."""

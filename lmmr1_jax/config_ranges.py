@@ -60,6 +60,15 @@ _ARGUMENTS_OF_THE_RUN = (
 ).split()
 
 
+VLLMS_RANGE = "from 0.01 to 2"
+"""Temperatures: vLLM takes smaller ones for 0.01, in silence, and refuses larger ones."""
+
+
+def in_vllms_range(temperature: float) -> bool:
+    """Whether vLLM samples at just this temperature."""
+    return 0.01 <= temperature <= 2
+
+
 def engine_arguments(vllm: VllmConfig) -> dict[str, Any]:
     """What `vllm.arguments` says.
 
@@ -113,6 +122,10 @@ def _check_sampler(config: TrainConfig) -> None:
                 "rollout.staleness is set, but the built-in sampler shares the learner's devices and cannot run ahead; "
                 "it needs rollout.sampler vllm"
             )
+    elif not in_vllms_range(rollout.temperature):
+        raise UserError(
+            f"rollout.temperature is {rollout.temperature!r}; with rollout.sampler vllm it must be {VLLMS_RANGE}"
+        )
     if rollout.update != RolloutConfig().update and not rollout.staleness:
         raise UserError("rollout.update is set, but with rollout.staleness 0 nothing is being sampled during an update")
     if vllm.colocate and rollout.staleness:

@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class SamplerLost(UserError):
-    """Nothing is left to sample with. A run keeps what it has and can be resumed."""
+    """Nothing is left to sample with, or a prompt can't be sampled from. A run keeps what it has and can be resumed."""

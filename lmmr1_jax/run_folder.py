@@ -13,7 +13,7 @@ from pathlib import Path
 from lmmr1_jax.config import TrainConfig
 from lmmr1_jax.errors import UserError
 from lmmr1_jax.stop_signal import StopRequested
-from weights_bridge.errors import CheckpointError
+from weights_bridge.errors import BridgeError
 from weights_bridge.run_checkpoint import copy_side_files
 
 WORK = ("evaluations.jsonl", "metrics.jsonl")
@@ -41,7 +41,7 @@ def open_run_folder(config: TrainConfig) -> Iterator[Path]:
     (folder / "checkpoints").mkdir(exist_ok=True)
     try:
         yield folder
-    except (UserError, CheckpointError, StopRequested):
+    except (UserError, BridgeError, StopRequested):
         work = [*(folder / "checkpoints").glob("[0-9]*"), *filter(Path.exists, map(folder.joinpath, WORK))]
         if not occupied and not work:
             shutil.rmtree(folder)

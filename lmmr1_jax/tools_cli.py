@@ -49,6 +49,7 @@ def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
     flags.add_argument("--top-k", type=count, default=0, help="sample from so many ids (default: 0, all)")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
+    flags.add_argument("--pictures", type=positive, default=8, help="most pictures of a prompt, with vllm (default: 8)")
     flags.add_argument("--max-sequences", type=positive, default=256, help="completions at a time (default: 256)")
 
 
@@ -162,6 +163,7 @@ def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
 def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
     """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
     from lmmr1_jax.config import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
+    from lmmr1_jax.config_ranges import VLLMS_RANGE, in_vllms_range
     from lmmr1_jax.rollout.ray_cluster import connected
     from lmmr1_jax.rollout.vllm_sampler import open_sampler as open_engines
 
@@ -169,8 +171,10 @@ def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
         run=RunConfig(seed=args.seed),
         data=DataConfig(max_pixels=args.max_pixels, max_prompt_tokens=args.max_prompt_tokens),
         rollout=RolloutConfig(sampler="vllm", max_new_tokens=args.max_new_tokens),
-        vllm=VllmConfig(dtype=args.compute_dtype, max_sequences=args.max_sequences),
+        vllm=VllmConfig(dtype=args.compute_dtype, max_sequences=args.max_sequences, pictures=args.pictures),
     )
+    if args.temperature and not in_vllms_range(args.temperature):
+        raise UserError(f"--temperature is {args.temperature:g}; with --sampler vllm it must be 0 or {VLLMS_RANGE}")
     with connected(config.ray, cpus=config.vllm.cpus):
         network, params, _ = open_model(args)
         with open_engines(config, processor, network, Path(args.model)) as sampler:

@@ -25,7 +25,7 @@ class SmallEngine:
     """Completion i of request NAME is the bytes of "NAME/i". A request takes a millisecond a token.
 
     Faults: "late FILE" is built when the file is there, "never" never; "unfit" and "stillborn" can't be built;
-    "raises", "dies" and "hangs" do so at the second bucket of an update.
+    "raises", "dies" and "hangs" do so at the second bucket of an update; "mortal" dies of a request named "fatal".
     """
 
     def __init__(self, fault: str = ""):
@@ -51,7 +51,7 @@ class SmallEngine:
     async def generate(self, request: GroupRequest) -> list[SampledCompletion]:
         while self._draining or self._updating or self._version is None:
             await asyncio.sleep(0.005)
-        if "poison" in request.name:
+        if "poison" in request.name or ("fatal" in request.name and self._fault == "mortal"):
             os.kill(os.getpid(), signal.SIGKILL)
         if "refused" in request.name:
             raise RequestRefused(f"vLLM refuses {request.name}")

@@ -13,6 +13,7 @@ EXTREME_PICTURE = "extreme_picture"
 FORBIDDEN_PATH = "forbidden_path"
 PROMPT_TOO_LONG = "prompt_too_long"
 PICTURE_IN_TEXT_MODEL = "picture_in_text_model"
+TOO_MANY_PICTURES = "too_many_pictures"
 
 REASONS = (
     BAD_JSON,
@@ -26,6 +27,7 @@ REASONS = (
     FORBIDDEN_PATH,
     PROMPT_TOO_LONG,
     PICTURE_IN_TEXT_MODEL,
+    TOO_MANY_PICTURES,
 )
 
 

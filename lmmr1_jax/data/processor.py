@@ -22,7 +22,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from lmmr1_jax.data.faults import NO_MESSAGE, PICTURE_IN_TEXT_MODEL, PROMPT_TOO_LONG, SkipPrompt
+from lmmr1_jax.data.faults import (
+    NO_MESSAGE,
+    PICTURE_IN_TEXT_MODEL,
+    PROMPT_TOO_LONG,
+    TOO_MANY_PICTURES,
+    SkipPrompt,
+)
 from lmmr1_jax.data.fetch import FetchPolicy
 from lmmr1_jax.data.messages import Message, picture_references, refuse_special_tokens
 from lmmr1_jax.data.pictures import PictureFormat, load_picture, patchify
@@ -44,6 +50,7 @@ class Processor:
       end_ids: ids that end a completion.
       special_tokens: strings that no prompt's text may hold.
       format: how pictures are sized and normalised; None for a model without vision.
+      max_prompt_tokens, max_pictures: prompts with more are skipped; samplers lower these limits to their own.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Processor:
         self._template = _read_chat_template(folder, self.tokenizer)
         self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
         self.max_prompt_tokens = max_prompt_tokens
+        self.max_pictures: int | None = None
         vocabulary = self.tokenizer.get_vocab()
         self.banned_ids = tuple(sorted(vocabulary[token] for token in BANNED_TOKENS if token in vocabulary))
         self.end_ids = _read_end_ids(folder, self.tokenizer)
@@ -95,6 +103,8 @@ class Processor:
         references = picture_references(prompt.messages)
         if references and self.format is None:
             raise SkipPrompt(PICTURE_IN_TEXT_MODEL, f"the model ({self.config.model_type}) takes no pictures")
+        if self.max_pictures is not None and len(references) > self.max_pictures:
+            raise SkipPrompt(TOO_MANY_PICTURES, f"{len(references)} pictures, the sampler takes {self.max_pictures}")
         ids = self._template_ids(prompt.messages)
         at = np.flatnonzero(ids == self._image_id) if references else np.zeros(0, np.int64)
         if len(at) != len(references):

@@ -66,7 +66,7 @@ def values_of(hidden: Float[Array, "rows slots embed"], params: dict[str, Any]) 
 
 def initial_head(seed: int, width: int) -> dict[str, Any]:
     """A value head with which no state is worth much: N(0, 1 / (width + 1)^2), as LMM-R1 has it."""
-    key = jax.random.fold_in(jax.random.key(seed), _SEED)
+    key = jax.random.fold_in(jax.random.key(seed % 2**32), _SEED)
     return {SCORE: {"kernel": jax.random.normal(key, (width, 1), jnp.float32) / (width + 1)}}
 
 

@@ -89,9 +89,13 @@ def caller(function: Callable[..., Any], name: str) -> Callable[[dict[str, Any]]
       ValueError: it takes others than one rollout, or queries, prompts and labels.
     """
 
+    signature = inspect.signature(function)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [one.name for one in signature.parameters.values() if one.kind in kinds and one.default is one.empty]
+
     def takes(count: int) -> bool:
         try:
-            inspect.signature(function).bind(*range(count))
+            signature.bind(*range(count))
         except TypeError:
             return False
         return True
@@ -101,6 +105,8 @@ def caller(function: Callable[..., Any], name: str) -> Callable[[dict[str, Any]]
         queries = [rollout["prompt"] + completion["raw_text"] for completion in completions]
         return queries, [rollout["prompt"]] * len(completions), [rollout["label"] or ""] * len(completions)
 
+    if takes(1) and len(needed) == 1 and needed[0] not in ("queries", "query"):
+        return function
     if takes(3):
         return lambda rollout: function(*columns(rollout))
     if takes(2):  # LMM-R1's first version gave no labels
@@ -108,7 +114,7 @@ def caller(function: Callable[..., Any], name: str) -> Callable[[dict[str, Any]]
     if takes(1):
         return function
     raise ValueError(
-        f"{name}{inspect.signature(function)} must take (queries, prompts, labels), or (rollout), and nothing else "
+        f"{name}{signature} must take (queries, prompts, labels), or (rollout), and nothing else "
         "without a default"
     )
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
 
 from lmmr1_jax.rollout.vllm_protocol import EngineSettings, EngineUnfit
 from weights_bridge.vllm.plugin import AWAIT_WEIGHTS
+
+OLDEST_VLLM = (0, 32)
+"""Older ones know other transports only, or none, or can't be told a version."""
 
 
 def set_environment() -> None:
@@ -35,12 +39,11 @@ def build(settings: EngineSettings, folder: Path) -> Any:
             f"vLLM can't be imported on {socket.gethostname()} ({one_line(error)}); "
             "requirements-sampler.txt installs it"
         ) from error
-    try:
-        from vllm.config import WeightTransferConfig
-    except ImportError as error:
+    if (numbers := re.match(r"(\d+)\.(\d+)", vllm.__version__)) and tuple(map(int, numbers.groups())) < OLDEST_VLLM:
         raise EngineUnfit(
             f"vLLM {vllm.__version__} on {socket.gethostname()} is too old to take weights: it must be 0.32"
-        ) from error
+        )
+    from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -69,7 +72,8 @@ def build(settings: EngineSettings, folder: Path) -> Any:
     if settings.pictures:
         arguments["limit_mm_per_prompt"] = {"image": settings.pictures, "video": 0}
         edges = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}  # in pixels, both
-        arguments["mm_processor_kwargs"] = {"size": edges}
+        # Pictures come at their final size. Rounded to whole patches a thin one may be thinner than vLLM resizes.
+        arguments["mm_processor_kwargs"] = {"size": edges, "do_resize": False}
     if settings.kv_cache_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     else:

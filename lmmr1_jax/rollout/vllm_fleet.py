@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.errors import SamplerLost
 from lmmr1_jax.rollout.vllm_faults import cause_of, reason_for
 from lmmr1_jax.rollout.vllm_protocol import (
     EngineFailed,
@@ -166,8 +166,7 @@ class Fleet:
         """Waits for a ticket's groups; gives weights to engines that came since.
 
         Raises:
-          UserError: a request can't be served.
-          SamplerLost: no engine is left to serve it.
+          SamplerLost: a request can't be served, or no engine is left to serve it.
         """
         self._until(lambda: not ticket.missing or ticket.failure is not None)
         if ticket.failure is not None:
@@ -178,23 +177,18 @@ class Fleet:
         """The request's group from every engine that has weights, before all that waits there.
 
         Raises:
-          UserError: the request can't be served.
-          SamplerLost: no engine answers.
+          SamplerLost: the request can't be served, or no engine is left to serve it.
         """
-        with self._lock:
-            engines = [engine for engine in self._engines if engine.loaded]
-        groups = []
 
         def ask(engine: Engine) -> Any:
             return engine.handle.generate.remote(dataclasses.replace(request, name=f"{request.name}@{engine.place}"))
 
-        for _, call in self._each(engines, ask, self._settings.request_timeout):
-            groups.append(_value(call))
-        if not groups:
+        while True:
+            self._until(lambda: any(engine.loaded for engine in self._engines))
             with self._lock:
-                fault = self._hopeless()
-            raise SamplerLost(fault or "no vLLM engine answers after a sync")
-        return groups
+                engines = [engine for engine in self._engines if engine.loaded]
+            if answered := self._each(engines, ask, self._settings.request_timeout):
+                return [_value(call) for _, call in answered]
 
     def sleep(self) -> None:
         """All engines that have nothing to do give their memory back, and their weights with it, until they get the
@@ -244,7 +238,7 @@ class Fleet:
     def _hopeless(self) -> str | None:
         if len(self._given_up) == self._settings.engines:
             return f"no vLLM engine is left: {'; '.join(dict.fromkeys(self._given_up.values()))}"
-        if any(engine.info is not None and not engine.lost for engine in self._engines):
+        if self.built:
             return None
         if time.monotonic() - self._none_since > self._settings.start_timeout:
             return f"no vLLM engine came within vllm.start_timeout, {self._settings.start_timeout:g} s"
@@ -280,7 +274,7 @@ class Fleet:
         """Asks all at once; those that answered in time, each with its call. The others are lost.
 
         Raises:
-          UserError: what was asked for can't be had from any engine.
+          SamplerLost: what was asked for can't be had from any engine.
         """
         calls = [(engine, call(engine)) for engine in engines]
         deadline = time.monotonic() + seconds
@@ -290,7 +284,7 @@ class Fleet:
             if error is None:
                 answered.append((engine, reference))
             elif refused := cause_of(error, RequestRefused):
-                raise UserError(str(refused))
+                raise SamplerLost(str(refused))
             else:
                 self._lose(engine, error)
         return answered
@@ -365,7 +359,7 @@ class Fleet:
                     f"{work.failures} vLLM engines failed while they sampled from {work.request.name}: {reason}",
                 )
         engine.work.clear()
-        if engine.info is not None and not any(other.info is not None and not other.lost for other in self._engines):
+        if engine.info is not None and not self.built:
             self._none_since = time.monotonic()
         where = "" if engine.info is None else f" on {engine.info.host}"
         # What two say in the same words before they are built, the next would say too.
@@ -382,7 +376,7 @@ class Fleet:
 
     def _fail(self, ticket: Ticket, fault: str) -> None:
         """The ticket can't be served; nobody need try."""
-        ticket.failure = ticket.failure or UserError(fault)
+        ticket.failure = ticket.failure or SamplerLost(fault)
         self._waiting = collections.deque(work for work in self._waiting if work.ticket is not ticket)
 
     # What follows is said by whoever hears of it.
@@ -419,6 +413,7 @@ class Fleet:
                     if time.monotonic() - looked >= TICK_SECONDS:
                         looked = time.monotonic()
                         self._look_for_hanging(looked - self._settings.request_timeout)
+                        self._look_for_missing(looked - self._settings.start_timeout)
                 except Exception as error:  # Ray's own, of a cluster that is gone; whoever waits must hear of it
                     self._broken = error
                 self._lock.notify_all()
@@ -428,6 +423,15 @@ class Fleet:
             if not engine.lost and any(work.since < oldest for work in engine.work.values()):
                 seconds = self._settings.request_timeout
                 self._replace(engine, TimeoutError(f"a group took longer than vllm.request_timeout, {seconds:g} s"))
+
+    def _look_for_missing(self, oldest: float) -> None:
+        """An engine may wait for a machine that comes back, or be held up for ever: nobody can tell, but all can know
+        that the run goes on with fewer. (Where there is none at all, `_hopeless` says so.)"""
+        for engine in self._engines if self.built else ():
+            if engine.info is None and not engine.lost and not engine.missed and engine.since < oldest:
+                engine.missed = True
+                seconds = self._settings.start_timeout
+                self._say(f"vLLM engine {engine.place} has not come within vllm.start_timeout, {seconds:g} s")
 
 
 def _nothing() -> None:

@@ -116,9 +116,6 @@ class VllmSampler:
           temperature: 0 is greedy; log-probs are then those at temperature 1.
           top_p, top_k: truncate what is drawn from, and with it, unlike the built-in sampler's, the log-probs.
           ignore_ends: go on to exactly `max_new_tokens` tokens.
-
-        Raises:
-          UserError: a prompt has more pictures than engines were told to expect.
         """
         settings = dict(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, ignore_ends=ignore_ends
@@ -148,11 +145,6 @@ class VllmSampler:
 
     def _short_ids(self, prompt: EncodedPrompt) -> np.ndarray:
         """The prompt with one token per picture: vLLM expands it again, and the engine compares."""
-        if len(prompt.pictures) > self._settings.pictures:
-            raise UserError(
-                f"{prompt.prompt.file}: row {prompt.prompt.row} has {len(prompt.pictures)} pictures; "
-                f"vllm.pictures is {self._settings.pictures}"
-            )
         kept = np.ones(len(prompt.token_ids), bool)
         at = 0
         for picture in prompt.pictures:
@@ -176,8 +168,8 @@ def open_sampler(
 
     Args:
       config: reads `vllm`, `ray`, `rollout`, `eval`, `data` and `run.seed`.
-      processor: the model's; prompts that would leave a completion too few of the model's positions are too long for
-        it from here on.
+      processor: the model's; from here on it skips prompts that would leave a completion too few of the model's
+        positions, or have more pictures than engines expect.
       network: the model.
       source: its folder.
       resumed_at: the step that the run goes on from: the engines don't draw again what they drew at its start.
@@ -200,6 +192,7 @@ def open_sampler(
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     leave_room(processor, raw_config, _longest_completion(config))
+    processor.max_pictures = config.vllm.pictures
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
     files.pop("model.safetensors.index.json", None)
@@ -207,7 +200,7 @@ def open_sampler(
 
     def make_engine(place: int, made_before: int) -> Any:
         # Not the same random numbers again: a replaced engine would repeat what it sampled.
-        numbers = np.random.SeedSequence((config.run.seed, resumed_at, place, made_before))
+        numbers = np.random.SeedSequence((config.run.seed % 2**32, resumed_at, place, made_before))
         seed = int(numbers.generate_state(1)[0]) >> 1  # 31 bits
         options = places.options(place) | {"max_concurrency": 10_000, "max_restarts": 0}
         return actor.options(**options).remote(dataclasses.replace(settings, seed=seed), files)

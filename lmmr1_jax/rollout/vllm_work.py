@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.errors import SamplerLost
 from lmmr1_jax.rollout.vllm_protocol import EngineInfo, GroupRequest, SampledCompletion
 
 MOST_ATTEMPTS = 4
@@ -20,7 +21,7 @@ class Ticket:
     def __init__(self, requests: int):
         self.groups: list[list[SampledCompletion] | None] = [None] * requests
         self.missing = requests
-        self.failure: UserError | None = None
+        self.failure: SamplerLost | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,6 +54,9 @@ class Engine:
     version: int | None = None
     lost: bool = False
     work: dict[Any, Work] = dataclasses.field(default_factory=dict)
+    since: float = dataclasses.field(default_factory=time.monotonic)
+    missed: bool = False
+    """Whether it was said that it does not come."""
 
     @property
     def busy(self) -> int:

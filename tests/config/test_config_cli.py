@@ -241,3 +241,10 @@ def test_vllms_arguments_cannot_change_what_is_sampled_or_run(arguments, words):
     with pytest.raises(UserError, match=f"^vllm.arguments .*{words}"):
         parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", arguments])
     parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", '{"max_num_batched_tokens": 64}'])
+
+
+@pytest.mark.parametrize("temperature", ["0.005", "2.5"])
+def test_a_temperature_that_vllm_would_change_or_refuse_is_refused_for_vllm_alone(temperature):
+    with pytest.raises(UserError, match="with rollout.sampler vllm it must be from 0.01 to 2"):
+        parse_train_config(["--rollout.sampler", "vllm", "--rollout.temperature", temperature])
+    parse_train_config(["--rollout.temperature", temperature])

@@ -139,6 +139,15 @@ def test_a_text_too_long_is_skipped_before_its_pictures_are_fetched(folder):
     assert reason(short, content, folder) == "prompt_too_long"
 
 
+def test_a_prompt_with_more_pictures_than_the_sampler_takes_is_skipped(folder):
+    processor = Processor(oracle.random_model("qwen2_5_vl"))
+    several = [{"type": "image", "image": "c.png"}] * 2
+    processor.max_pictures = 2
+    assert len(processor.encode(prompt(several, folder)).pictures) == 2
+    processor.max_pictures = 1
+    assert reason(processor, several, folder) == "too_many_pictures"
+
+
 def test_a_model_without_vision_skips_prompts_with_pictures(folder):
     assert reason(Processor(oracle.random_model("qwen2")), MIXED, folder) == "picture_in_text_model"
 

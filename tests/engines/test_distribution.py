@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 import engine_cases as cases  # noqa: E402
 from picture_prompts import SIZES, prompt  # noqa: E402
 
+from lmmr1_jax.data.pictures import MAX_ASPECT_RATIO, final_size  # noqa: E402
 from lmmr1_jax.rollout.scoring import Scorer  # noqa: E402
 
 CLOSE = 1e-4
@@ -39,6 +40,16 @@ def test_banned_tokens_never_come_where_they_are_the_likeliest_by_far(engine, st
     unbanned = scorer.score([(encoded, completion.token_ids) for completion in rollout.completions])
     left = np.exp(np.concatenate(unbanned) - np.concatenate(own))
     assert np.mean(left < 0.01) > 0.5
+
+
+def test_a_picture_that_patches_make_thinner_than_vllm_would_resize_is_taken_as_it_is(engine, student):
+    height, width = final_size(41, 8200, 3136, 1_003_520, 28)
+    assert 8200 / 41 <= MAX_ASPECT_RATIO < width / height
+    params = student.policy.load()
+    engine.sync(params)
+    rollout = engine.sample(prompt(student.policy.processor, [(height, width)], 0), 2, NEW_TOKENS)
+    for completion, own in zip(rollout.completions, student.log_probs(params, [rollout]), strict=True):
+        np.testing.assert_allclose(completion.log_probs, own, atol=CLOSE)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])

@@ -17,7 +17,7 @@ pytest.importorskip("ray")
 import ray  # noqa: E402
 from small_engine import SmallEngine  # noqa: E402
 
-from lmmr1_jax.errors import SamplerLost, UserError  # noqa: E402
+from lmmr1_jax.errors import SamplerLost  # noqa: E402
 from lmmr1_jax.rollout.ray_cluster import reserved  # noqa: E402
 from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest  # noqa: E402
@@ -124,10 +124,26 @@ def test_a_request_that_kills_engines_is_blamed_and_no_other(fleets):
     fleet.load(ThreeBuckets(), 0)
     fair = fleet.submit(requests(12, tokens=300))
     poisoned = fleet.submit(requests(1, prefix="poison"))
-    with pytest.raises(UserError, match=f"{MOST_ATTEMPTS} vLLM engines failed while they sampled from poison0"):
+    with pytest.raises(SamplerLost, match=f"{MOST_ATTEMPTS} vLLM engines failed while they sampled from poison0"):
         fleet.collect(poisoned)
     assert_whole(requests(12), fleet.collect(fair), 0)
     assert fleet.replaced == MOST_ATTEMPTS
+
+
+def test_an_engine_that_dies_at_a_probe_is_replaced_and_the_next_one_is_asked(fleets):
+    fleet = fleets({(0, 0): "mortal"}, engines=1)
+    fleet.load(ThreeBuckets(), 0)
+    (fatal,) = requests(1, prefix="fatal")
+    ((one, other),) = fleet.probe(fatal)
+    assert bytes(one.token_ids.astype(np.uint8)).startswith(b"fatal0@0") and other.policy_version[0] == 0
+    assert fleet.replaced == 1
+
+
+def test_a_probe_that_kills_every_engine_ends_and_says_why(fleets):
+    fleet = fleets(restarts=1)
+    fleet.load(ThreeBuckets(), 0)
+    with pytest.raises(SamplerLost, match="no vLLM engine is left: its process died"):
+        fleet.probe(requests(1, prefix="poison")[0])
 
 
 def test_a_refused_request_fails_its_own_ticket_alone(fleets):
@@ -135,11 +151,11 @@ def test_a_refused_request_fails_its_own_ticket_alone(fleets):
     fleet.load(ThreeBuckets(), 0)
     refused = fleet.submit([*requests(4), *requests(1, prefix="refused")])
     fair = fleet.submit(requests(4, prefix="fair"))
-    with pytest.raises(UserError, match="vLLM refuses refused0"):
+    with pytest.raises(SamplerLost, match="vLLM refuses refused0"):
         fleet.collect(refused)
     assert_whole(requests(4, prefix="fair"), fleet.collect(fair), 0)
     assert fleet.replaced == 0 and not fleet.said
-    with pytest.raises(UserError, match="vLLM refuses refused0"):
+    with pytest.raises(SamplerLost, match="vLLM refuses refused0"):
         fleet.probe(requests(1, prefix="refused")[0])
 
 
@@ -251,6 +267,20 @@ def test_engines_that_never_come_are_waited_for_so_long_and_no_longer(fleets):
     with pytest.raises(SamplerLost, match="vllm.start_timeout, 1 s"):
         fleet.load(ThreeBuckets(), 0)
     assert time.monotonic() - started < 20
+
+
+def test_an_engine_that_does_not_come_is_missed_aloud_once_and_the_others_go_on(fleets, tmp_path):
+    fleet = fleets({(1, 0): f"late {tmp_path / 'now'}"})
+    fleet.load(ThreeBuckets(), 0)
+    fleet._settings = dataclasses.replace(PATIENT, start_timeout=1.0)  # not for the first, which may take its time
+    asked = requests(6)
+    deadline = time.monotonic() + 60
+    while not fleet.said and time.monotonic() < deadline:
+        assert_whole(asked, fleet.collect(fleet.submit(asked)), 0)
+    time.sleep(2.5)  # two more looks
+    assert fleet.said == ["vLLM engine 1 has not come within vllm.start_timeout, 1 s"] and fleet.replaced == 0
+    (tmp_path / "now").touch()
+    await_engines(fleet, 2)
 
 
 def test_a_place_whose_engines_keep_dying_is_given_up(fleets):

@@ -213,6 +213,7 @@ def test_the_first_head_is_small_and_the_seeds():
     head = initial_head(0, 1000)[SCORE]["kernel"]
     assert head.shape == (1000, 1) and head.dtype == jnp.float32
     assert abs(float(head.std()) * 1001 - 1) < 0.1
+    assert np.isfinite(initial_head(2**64, 8)[SCORE]["kernel"]).all()  # a seed may be any whole number
     assert same_bits(head, initial_head(0, 1000)) and not same_bits(head, initial_head(1, 1000))
 
 

@@ -81,6 +81,25 @@ def test_the_richer_form_gets_whole_rollouts_and_names_its_parts(source):
 
 
 @pytest.mark.parametrize(
+    "arguments, first",
+    [
+        ("rollout, strict=True", "dict"),
+        ("group, low=0.1, high=2.0", "dict"),
+        ("rollout", "dict"),
+        ("queries, prompts=None, labels=None", "list"),
+        ("queries, prompts", "list"),
+        ("*columns", "list"),
+        ("queries, prompts, labels, verbose=False", "list"),
+    ],
+)
+def test_the_form_follows_from_the_arguments_that_a_function_needs(source, arguments, first):
+    name = arguments.split(",")[0].strip("*")
+    given = f"{name}[0]" if arguments[0] == "*" else name
+    function = source(f"def reward_func({arguments}): return [float(type({given}).__name__ == {first!r})]")
+    assert judge(function, rollout(["a"]))[0][0].total == 1.0
+
+
+@pytest.mark.parametrize(
     "returned, total, parts",
     [
         ("[{'reward': 0.25, 'seen': 9}] * 2", 0.25, {"mine0": 0.25, "mine0/seen": 9.0}),

@@ -8,17 +8,19 @@ from lmmr1_jax.config import RunConfig, TrainConfig
 from lmmr1_jax.errors import SamplerLost, UserError
 from lmmr1_jax.run_folder import open_run_folder
 from lmmr1_jax.stop_signal import StopRequested
+from weights_bridge.errors import CheckpointError, TransportError
 
 
 def opened(folder, **fields):
     return open_run_folder(dataclasses.replace(TrainConfig(), run=RunConfig(dir=str(folder), **fields)))
 
 
-def test_wrong_input_leaves_no_folder_behind(tmp_path):
+@pytest.mark.parametrize("error", [UserError, CheckpointError, TransportError])
+def test_wrong_input_leaves_no_folder_behind(tmp_path, error):
     for _ in range(2):
-        with pytest.raises(UserError, match="no such model"), opened(tmp_path / "run") as folder:
+        with pytest.raises(error, match="no such model"), opened(tmp_path / "run") as folder:
             (folder / "skipped.jsonl").touch()
-            raise UserError("no such model")
+            raise error("no such model")
         assert not (tmp_path / "run").exists()
 
 
