@@ -26,7 +26,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Raises:
       UserError: the config, the model or the data can't be used, or the sampler and the learner have come apart.
-      SamplerLost: no vLLM engine is left; a checkpoint has been written.
+      SamplingFailed: no vLLM engine is left, or none can sample from a prompt; a checkpoint has been written.
       RewardFailed: a source of rewards failed and `rewards.on_error` is "stop"; a checkpoint has been written.
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it. Where
         nothing had been done yet, there is neither a checkpoint nor a folder.
@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         from lmmr1_jax.compilation import release_memory
         from lmmr1_jax.data.held_out import HeldOut
         from lmmr1_jax.data.skips import SkipLog
-        from lmmr1_jax.errors import SamplerLost
+        from lmmr1_jax.errors import SamplingFailed
         from lmmr1_jax.gap_watch import GapWatch
         from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
         from lmmr1_jax.rewards.sources import RewardFailed
@@ -144,7 +144,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         try:
             if evaluation_due() and done not in tracker.evaluations:
                 evaluate_policy()
-        except (StopRequested, SamplerLost) as reason:
+        except (StopRequested, SamplingFailed) as reason:
             leave(reason, {name: part.state() for name, part in remembering.items()})
 
         first, left_out = done, int(state.skipped_updates)
@@ -163,7 +163,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 with watch("score"):
                     minibatches = step.prepare(rollouts, state)
                 stop.check()
-            except (StopRequested, SamplerLost, RewardFailed) as reason:
+            except (StopRequested, SamplingFailed, RewardFailed) as reason:
                 leave(reason, memory)
             with watch("learn"):
                 state, metrics = step.update(state, minibatches)
@@ -175,7 +175,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     policy.sampler.load(state.params, done, within=config.rollout.update == "within")
                     if probe is not None:
                         metrics |= probe.measure(rollouts[0].encoded, state.params)
-                except (StopRequested, SamplerLost) as reason:
+                except (StopRequested, SamplingFailed) as reason:
                     interrupted = reason  # the step is done all the same, and is written down first
                     if probe is not None:  # which did not measure it; the learner's own is of older weights
                         metrics = {name: value for name, value in metrics.items() if not name.startswith("gap/")}
@@ -205,7 +205,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     raise interrupted
                 if evaluation_due():
                     score = evaluate_policy()
-            except (StopRequested, SamplerLost) as reason:
+            except (StopRequested, SamplingFailed) as reason:
                 leave(reason, {name: part.state() for name, part in remembering.items()})
             if last or score is not None or done % config.checkpoint.every == 0:
                 save({name: part.state() for name, part in remembering.items()}, score)

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from small_engine import SmallEngine
 
 from lmmr1_jax.config import RayConfig
-from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.errors import SamplingFailed, UserError
 from lmmr1_jax.rollout.ray_cluster import connected, reserved
 from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.vllm_protocol import GroupRequest
@@ -116,7 +116,7 @@ def main() -> None:
                 started = time.monotonic()
                 try:
                     fleet.collect(ticket)
-                except SamplerLost as error:
+                except SamplingFailed as error:
                     tell("no node is left", message=str(error), seconds=time.monotonic() - started)
     with contextlib.suppress(Exception):  # it waits for nodes that were killed
         cluster.shutdown()

@@ -105,17 +105,15 @@ def caller(function: Callable[..., Any], name: str) -> Callable[[dict[str, Any]]
         queries = [rollout["prompt"] + completion["raw_text"] for completion in completions]
         return queries, [rollout["prompt"]] * len(completions), [rollout["label"] or ""] * len(completions)
 
-    if takes(1) and len(needed) == 1 and needed[0] not in ("queries", "query"):
+    alone = len(needed) == 1 and needed[0] not in ("queries", "query")
+    if takes(1) and (alone or not takes(2)):
         return function
     if takes(3):
         return lambda rollout: function(*columns(rollout))
     if takes(2):  # LMM-R1's first version gave no labels
         return lambda rollout: function(*columns(rollout)[:2])
-    if takes(1):
-        return function
     raise ValueError(
-        f"{name}{signature} must take (queries, prompts, labels), or (rollout), and nothing else "
-        "without a default"
+        f"{name}{signature} must take (queries, prompts, labels), or (rollout), and nothing else without a default"
     )
 
 

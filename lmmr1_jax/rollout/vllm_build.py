@@ -71,8 +71,9 @@ def build(settings: EngineSettings, folder: Path) -> Any:
     }
     if settings.pictures:
         arguments["limit_mm_per_prompt"] = {"image": settings.pictures, "video": 0}
-        edges = {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}  # in pixels, both
-        # Pictures come at their final size. Rounded to whole patches a thin one may be thinner than vLLM resizes.
+        # Pictures come at their final size, a thin one thinner than vLLM would resize. The limits, both in pixels, say
+        # for how large a picture it makes room.
+        edges = {"shortest_edge": 1, "longest_edge": settings.max_pixels}
         arguments["mm_processor_kwargs"] = {"size": edges, "do_resize": False}
     if settings.kv_cache_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes

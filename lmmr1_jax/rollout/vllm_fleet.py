@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmmr1_jax.errors import SamplerLost
+from lmmr1_jax.errors import SamplingFailed
 from lmmr1_jax.rollout.vllm_faults import cause_of, reason_for
 from lmmr1_jax.rollout.vllm_protocol import (
     EngineFailed,
@@ -140,7 +140,7 @@ class Fleet:
 
         Raises:
           ValueError: engines have weights of that version, and would keep them and what they cached under it.
-          SamplerLost: no engine could be started or synced in time.
+          SamplingFailed: no engine could be started or synced in time.
         """
         with self._lock:
             if version == self._version:
@@ -166,7 +166,7 @@ class Fleet:
         """Waits for a ticket's groups; gives weights to engines that came since.
 
         Raises:
-          SamplerLost: a request can't be served, or no engine is left to serve it.
+          SamplingFailed: a request can't be served, or no engine is left to serve it.
         """
         self._until(lambda: not ticket.missing or ticket.failure is not None)
         if ticket.failure is not None:
@@ -177,7 +177,7 @@ class Fleet:
         """The request's group from every engine that has weights, before all that waits there.
 
         Raises:
-          SamplerLost: the request can't be served, or no engine is left to serve it.
+          SamplingFailed: the request can't be served, or no engine is left to serve it.
         """
 
         def ask(engine: Engine) -> Any:
@@ -220,11 +220,12 @@ class Fleet:
             self._check()
             with self._lock:
                 if self._broken is not None:
-                    raise SamplerLost(f"the fleet of vLLM engines failed: {reason_for(self._broken)}") from self._broken
+                    fault = f"the fleet of vLLM engines failed: {reason_for(self._broken)}"
+                    raise SamplingFailed(fault) from self._broken
                 if reached():
                     return
                 if (fault := self._hopeless()) is not None:
-                    raise SamplerLost(fault)
+                    raise SamplingFailed(fault)
                 if not self._unsynced():
                     self._lock.wait(_POLL_SECONDS)
                     continue
@@ -274,7 +275,7 @@ class Fleet:
         """Asks all at once; those that answered in time, each with its call. The others are lost.
 
         Raises:
-          SamplerLost: what was asked for can't be had from any engine.
+          SamplingFailed: what was asked for can't be had from any engine.
         """
         calls = [(engine, call(engine)) for engine in engines]
         deadline = time.monotonic() + seconds
@@ -284,7 +285,7 @@ class Fleet:
             if error is None:
                 answered.append((engine, reference))
             elif refused := cause_of(error, RequestRefused):
-                raise SamplerLost(str(refused))
+                raise SamplingFailed(str(refused))
             else:
                 self._lose(engine, error)
         return answered
@@ -376,7 +377,7 @@ class Fleet:
 
     def _fail(self, ticket: Ticket, fault: str) -> None:
         """The ticket can't be served; nobody need try."""
-        ticket.failure = ticket.failure or SamplerLost(fault)
+        ticket.failure = ticket.failure or SamplingFailed(fault)
         self._waiting = collections.deque(work for work in self._waiting if work.ticket is not ticket)
 
     # What follows is said by whoever hears of it.

@@ -25,7 +25,7 @@ class EngineSettings:
       banned_ids: ids that are never sampled.
       end_ids: ids that end a completion.
       pictures: of one prompt at most.
-      min_pixels, max_pixels: of a picture.
+      max_pixels: of a picture.
       backend: name of the weight-transfer engine.
       cpu_threads: of an engine on a CPU; 0 leaves it to vLLM.
       arguments: further arguments of vLLM's `EngineArgs`.
@@ -43,7 +43,6 @@ class EngineSettings:
     banned_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
     pictures: int
-    min_pixels: int
     max_pixels: int
     backend: str
     cpu_threads: int = 0

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from typing import Any
 
-from lmmr1_jax.errors import SamplerLost
+from lmmr1_jax.errors import SamplingFailed
 from lmmr1_jax.rollout.vllm_protocol import EngineInfo, GroupRequest, SampledCompletion
 
 MOST_ATTEMPTS = 4
@@ -21,7 +21,7 @@ class Ticket:
     def __init__(self, requests: int):
         self.groups: list[list[SampledCompletion] | None] = [None] * requests
         self.missing = requests
-        self.failure: SamplerLost | None = None
+        self.failure: SamplingFailed | None = None
 
 
 @dataclasses.dataclass(eq=False)

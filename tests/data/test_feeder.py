@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from waiting import wait_until
 
 from lmmr1_jax.data.faults import PictureFault
 from lmmr1_jax.data.feeder import PromptFeeder, encode_all
@@ -83,10 +84,8 @@ def test_no_more_than_so_many_prompts_are_prepared_ahead():
     encoder = Encoder(bad=lambda row: False, pause=0)
     made = feeder(encoder, workers=2, ahead=4)
     made.take(3)
-    end = time.monotonic() + 10
-    while encoder.started < 3 + 4 and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.1)
+    assert wait_until(lambda: encoder.started >= 3 + 4)
+    time.sleep(0.2)
     assert encoder.started == 3 + 4
     made.close()
 

@@ -29,7 +29,7 @@ SMALL = (
     f"--tracking.samples {PROMPTS} --tracking.tensorboard False --vllm.cpus 1 --vllm.max-sequences 16 "
     "--vllm.kv-cache-gib 0.125"
 ).split()
-SOON = 60.0
+SOON = 20.0
 """Seconds within which nothing of a run that was killed may be left."""
 
 
@@ -130,7 +130,7 @@ def test_a_run_that_is_killed_robbed_and_interrupted_goes_on_as_if_it_had_not_be
     robbed.await_steps(6)
     for engine in robbed.engines():
         engine.kill()
-    status, output = robbed.end(120)
+    status, output = robbed.end(60)
     assert status == 2 and "error: no vLLM engine is left: its process died" in output and "Traceback" not in output
     robbed.assert_nothing_left()
     assert (folder / "checkpoints" / str(len(lines(folder / "metrics.jsonl")))).is_dir()
@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_robbed_and_interrupted_goes_on_as_if_it_had_not_be
         engine.suspend()
     os.killpg(interrupted.process.pid, signal.SIGINT)
     asked = time.monotonic()
-    status, output = interrupted.end(120)
+    status, output = interrupted.end(60)
     assert status == 143 and time.monotonic() - asked < SOON, output
     assert "stopped by SIGINT" in output and "Traceback" not in output
     interrupted.assert_nothing_left()

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from whole_runs import ROOT  # noqa: E402
 
-SOON = 90.0  # Ray may take 30 to end a cluster that it has just begun
+SOON = 45.0  # Ray may take 30 to end a cluster that it has just begun
 
 
 def begin(folder, *flags: str) -> subprocess.Popen:

@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 from lmmr1_jax.assembly import assemble_policy  # noqa: E402
 from lmmr1_jax.config import DataConfig, RolloutConfig, TrainConfig, VllmConfig  # noqa: E402
-from lmmr1_jax.errors import SamplerLost  # noqa: E402
+from lmmr1_jax.errors import SamplingFailed  # noqa: E402
 from lmmr1_jax.rollout.jax_sampler import sampling_key  # noqa: E402
 from lmmr1_jax.rollout.vllm_sampler import open_sampler  # noqa: E402
 from lmmr1_jax.tasks.shapes import shape_prompts  # noqa: E402
@@ -199,7 +199,7 @@ def test_what_vllm_refuses_is_said_once_and_at_once(cluster):
         refused = config(arguments=arguments)
         started = time.monotonic()
         with open_sampler(refused, policy.processor, policy.network, policy.source) as sampler:
-            with pytest.raises(SamplerLost, match=words) as caught:
+            with pytest.raises(SamplingFailed, match=words) as caught:
                 sampler.load(policy.load(), 0)
         assert "\n" not in str(caught.value) and sampler.fleet.replaced == 0
         assert time.monotonic() - started < 60

@@ -175,7 +175,7 @@ def test_a_server_that_stalls_is_left_after_the_time_limit(behave):
     with serving(behave) as server:
         start = time.monotonic()
         assert judge(source(server.url, url_timeout=0.8), rollout(["abc"]))[0][0].total == 1.5
-        assert 0.7 < time.monotonic() - start < 30
+        assert 0.7 < time.monotonic() - start < 5
 
 
 def test_an_answer_without_end_is_not_read_to_its_end():
@@ -273,7 +273,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_a_server():
 
     with serving(stall) as server, pytest.raises(Stop):
         judge(source(server.url, url_timeout=100.0, interrupt=interrupt), rollout(["abc"]))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 5
 
 
 def test_nothing_to_judge_is_nothing():

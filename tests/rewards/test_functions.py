@@ -1,17 +1,16 @@
 """Your own reward function: what it is given, what it may return, and what its faults cost."""
 
-import contextlib
 import dataclasses
 import os
 import re
 import signal
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 from judged_groups import decode, rollout
+from waiting import alive, wait_until
 
 from lmmr1_jax.config import RewardsConfig
 from lmmr1_jax.errors import UserError
@@ -203,15 +202,6 @@ def test_the_config_says_whether_a_fault_ends_the_run_or_costs_its_completions(s
     assert len(rewards.warnings()) == 1
 
 
-def running(pids: list[int]) -> bool:
-    """Whether any of them still does."""
-    states = []
-    for pid in pids:
-        with contextlib.suppress(OSError):  # it has just ended
-            states.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
-    return any(state not in "ZX" for state in states)
-
-
 def test_the_function_runs_in_another_process_that_ends_with_all_it_started(source):
     function = source(
         """
@@ -225,10 +215,7 @@ def test_the_function_runs_in_another_process_that_ends_with_all_it_started(sour
     pids = [int(own.total), int(child.total)]
     assert os.getpid() not in pids and all(Path(f"/proc/{pid}").exists() for pid in pids)
     function.close()
-    end = time.monotonic() + 10
-    while running(pids):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    assert wait_until(lambda: not any(map(alive, pids)))
 
 
 def test_as_many_prompts_are_judged_at_a_time_as_there_are_workers(source, tmp_path):
@@ -252,10 +239,7 @@ def test_a_process_that_is_killed_is_replaced(source):
     function = source("import os\ndef reward_func(queries, prompts, labels): return [os.getpid()]")
     first = int(judge(function, rollout(["a"]))[0][0].total)
     os.kill(first, signal.SIGKILL)
-    end = time.monotonic() + 10
-    while running([first]):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    assert wait_until(lambda: not alive(first))
     assert int(judge(function, rollout(["a"]))[0][0].total) != first
 
 

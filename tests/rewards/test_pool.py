@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import alive, wait_until
 
 from lmmr1_jax.config import RewardsConfig
 from lmmr1_jax.rewards.verifier import Verifier
@@ -32,22 +33,6 @@ BOMBS = {
 
 def boxed(content: object) -> str:
     return f"<think>so</think><answer>$\\boxed{{{content}}}$</answer>"
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until(condition, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def warden_of(verifier: Verifier) -> int:
@@ -82,7 +67,7 @@ def test_nothing_to_score_is_nothing(verifier):
 def test_a_bomb_costs_its_own_completion_at_most_the_limit_and_a_restart(verifier, name):
     start = time.monotonic()
     rewards = verifier.score([boxed(3), boxed(BOMBS[name]), boxed(3), boxed(4)], ["3"] * 4)
-    assert time.monotonic() - start < LIMIT + 10.0
+    assert time.monotonic() - start < LIMIT + 2.0
     assert [rewards[i].total for i in (0, 2, 3)] == [1.5, 1.5, 0.5]
     assert rewards[1].parts["accuracy"] == 0.0
     assert rewards[1].fault in (None, "timeout") and (rewards[1].fault is None or rewards[1].total == 0.0)
@@ -106,7 +91,7 @@ def test_bombs_under_lmm_r1_cost_their_own_completion(name):
         pool.score([boxed(1)], ["1"])
         start = time.monotonic()
         rewards = pool.score([boxed(3), boxed(BOMBS[name]), boxed(3)], ["3"] * 3)
-    assert time.monotonic() - start < LIMIT + 10.0
+    assert time.monotonic() - start < LIMIT + 2.0
     assert rewards[0].total == rewards[2].total == 1.5 and rewards[1].parts["accuracy"] == 0.0
 
 
@@ -146,7 +131,7 @@ def test_a_worker_may_not_eat_the_machine():
 
 
 def test_start_up_is_not_counted_against_the_first_completions():
-    with Verifier(RewardsConfig(timeout=1.0)) as pool:  # importing the rules can take longer than that
+    with Verifier(RewardsConfig(timeout=0.5)) as pool:  # importing the rules takes longer than that
         assert [reward.total for reward in pool.score([boxed(3)] * 4, ["3"] * 4)] == [1.5] * 4
 
 

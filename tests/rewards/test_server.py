@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from judged_groups import decode, rollout
 from test_pool import BOMBS
+from waiting import wait_until
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -88,10 +89,7 @@ def health(server):
 
 def await_health(server, **wanted):
     """Until it says so of itself."""
-    end = time.monotonic() + 20
-    while not wanted.items() <= (told := health(server)).items():
-        assert time.monotonic() < end, told
-        time.sleep(0.02)
+    assert wait_until(lambda: wanted.items() <= health(server).items(), 20), health(server)
 
 
 def processes(server):

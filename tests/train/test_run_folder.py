@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from lmmr1_jax.config import RunConfig, TrainConfig
-from lmmr1_jax.errors import SamplerLost, UserError
+from lmmr1_jax.errors import SamplingFailed, UserError
 from lmmr1_jax.run_folder import open_run_folder
 from lmmr1_jax.stop_signal import StopRequested
 from weights_bridge.errors import CheckpointError, TransportError
@@ -33,9 +33,9 @@ def test_a_run_that_is_stopped_before_it_has_done_anything_leaves_no_folder_behi
 
 @pytest.mark.parametrize("work", ["checkpoints/0", "evaluations.jsonl", "metrics.jsonl"])
 def test_what_a_stopped_run_goes_on_from_is_never_removed(tmp_path, work):
-    with pytest.raises(SamplerLost), opened(tmp_path / "run") as folder:
+    with pytest.raises(SamplingFailed), opened(tmp_path / "run") as folder:
         (folder / work).mkdir()
-        raise SamplerLost("no engine is left")
+        raise SamplingFailed("no engine is left")
     assert (tmp_path / "run" / work).exists()
     with pytest.raises(UserError, match="is not empty"), opened(tmp_path / "run"):
         pass
