@@ -115,8 +115,8 @@ def as_plain_vllm_takes_them(prompts, processor):
 
 
 def assert_same(ours: list[Completion], others) -> None:
-    """The same tokens, other's as pairs of ids and log-probs; but for one tie, which either may break: where the two
-    part, both tokens were as likely."""
+    """The same tokens, the others' given as pairs of ids and log-probs. But for one tie, which either may break: where
+    the two part, both tokens were as likely."""
     ties = 0
     for completion, (token_ids, log_probs) in zip(ours, others, strict=True):
         mine, theirs = completion.token_ids.tolist(), list(token_ids)
