@@ -14,9 +14,9 @@ import json
 import sys
 from typing import Any
 
-from lmmr1_jax.config_cli import run_cli
-from lmmr1_jax.errors import UserError
-from lmmr1_jax.tools_cli import (
+from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.commands.common import (
     above_zero,
     add_sampling_flags,
     open_out,
@@ -46,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--k {args.k} must be at most --n {args.n}")
     processor = open_processor(args)
 
-    from lmmr1_jax.config import RewardsConfig
+    from lmmr1_jax.config.schema import RewardsConfig
     from lmmr1_jax.data.prompt_set import read_prompts
     from lmmr1_jax.data.skips import SkipLog
-    from lmmr1_jax.rewards.choice import check_sources, choose, readable
-    from lmmr1_jax.rewards.verifier import Verifier
+    from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
+    from lmmr1_jax.rewards.rules.service import Verifier
     from lmmr1_jax.rollout.evaluation import evaluate
-    from lmmr1_jax.rollout.jax_sampler import sampling_key
+    from lmmr1_jax.rollout.local.sampler import sampling_key
 
     rewards = RewardsConfig(
         variant=args.variant,

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
-from lmmr1_jax.config_cli import run_cli
-from lmmr1_jax.tools_cli import (
+from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.commands.common import (
     add_sampling_flags,
     encoded_rows,
     in_parts,
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     processor = open_processor(args)
 
     from lmmr1_jax.data.faults import SkipPrompt
-    from lmmr1_jax.rollout.jax_sampler import sampling_key
+    from lmmr1_jax.rollout.local.sampler import sampling_key
 
     written = failed = 0
     with open_sampler(args, processor) as sampler, open_out(args.out) as out:

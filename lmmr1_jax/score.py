@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lmmr1_jax.config_cli import run_cli
-from lmmr1_jax.tools_cli import encoded_rows, in_parts, open_model, open_out, open_processor, parser, write_line
+from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.commands.common import encoded_rows, in_parts, open_model, open_out, open_processor, parser, write_line
 
 LINES_AT_A_TIME = 64
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     network, params, _ = open_model(args)
 
     from lmmr1_jax.data.faults import SkipPrompt
-    from lmmr1_jax.rollout.scoring import Scorer
+    from lmmr1_jax.rollout.local.scoring import Scorer
 
     scorer = Scorer(network, params, processor.patches)
     written = failed = 0

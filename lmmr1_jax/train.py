@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmmr1_jax.colocation import share_devices
-from lmmr1_jax.config import TrainConfig
-from lmmr1_jax.config_cli import parse_train_config, run_cli
+from lmmr1_jax.runtime.device_memory import share_devices
+from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.config.command_line import parse_train_config, run_cli
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -31,28 +31,28 @@ def train(config: TrainConfig) -> dict[str, Any]:
       StopRequested: SIGTERM or Ctrl-C came; a checkpoint has been written, and `--resume` goes on from it. Where
         nothing had been done yet, there is neither a checkpoint nor a folder.
     """
-    from lmmr1_jax.stop_signal import StopRequested, StopSignal
+    from lmmr1_jax.runtime.stop_signal import StopRequested, StopSignal
 
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())  # first: a Ctrl-C while JAX is imported is easily lost
         share_devices(config.vllm)
-        from lmmr1_jax import assembly
+        from lmmr1_jax.run import setup as assembly
         from lmmr1_jax.algorithms import registry
-        from lmmr1_jax.compilation import release_memory
+        from lmmr1_jax.runtime.compilation import release_memory
         from lmmr1_jax.data.held_out import HeldOut
         from lmmr1_jax.data.skips import SkipLog
-        from lmmr1_jax.errors import SamplingFailed
-        from lmmr1_jax.gap_watch import GapWatch
+        from lmmr1_jax.runtime.errors import SamplingFailed
+        from lmmr1_jax.run.gap_monitor import GapWatch
         from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
-        from lmmr1_jax.rewards.sources import RewardFailed
-        from lmmr1_jax.rewards.specs import check_rewards
-        from lmmr1_jax.rewards.verifier import Verifier
-        from lmmr1_jax.rollout.ahead import Ahead
+        from lmmr1_jax.rewards.sources.base import RewardFailed
+        from lmmr1_jax.rewards.sources.specs import check_rewards
+        from lmmr1_jax.rewards.rules.service import Verifier
+        from lmmr1_jax.rollout.rollout_queue import Ahead
         from lmmr1_jax.rollout.evaluation import evaluate
-        from lmmr1_jax.rollout.gap_probe import GapProbe
-        from lmmr1_jax.rollout.jax_sampler import sampling_key
-        from lmmr1_jax.run_folder import describe_run, open_run_folder
-        from lmmr1_jax.step import Step, Stopwatch, lag
+        from lmmr1_jax.run.gap_probe import GapProbe
+        from lmmr1_jax.rollout.local.sampler import sampling_key
+        from lmmr1_jax.run.folder import describe_run, open_run_folder
+        from lmmr1_jax.run.step import Step, Stopwatch, lag
         from lmmr1_jax.tracking.tracker import Tracker
 
         config = registry.checked(config)
@@ -217,7 +217,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     config = parse_train_config(sys.argv[1:] if arguments is None else arguments, prog="python -m lmmr1_jax.train")
-    from lmmr1_jax.stop_signal import StopRequested
+    from lmmr1_jax.runtime.stop_signal import StopRequested
 
     try:
         summary = train(config)

@@ -36,14 +36,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmr1_jax import assembly
-from lmmr1_jax.assembly import TINY_MODEL, Policy
-from lmmr1_jax.compilation import release_memory
-from lmmr1_jax.config import DataConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
-from lmmr1_jax.config_cli import run_cli
-from lmmr1_jax.rollout.ray_cluster import connected
-from lmmr1_jax.rollout.vllm_sampler import ENGINE_FILES, VllmSampler, open_sampler
-from lmmr1_jax.versions import versions
+from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run.setup import TINY_MODEL, Policy
+from lmmr1_jax.runtime.compilation import release_memory
+from lmmr1_jax.config.schema import DataConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
+from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.rollout.engines.ray_cluster import connected
+from lmmr1_jax.rollout.engines.sampler import ENGINE_FILES, VllmSampler, open_sampler
+from lmmr1_jax.runtime.versions import versions
 
 LAYERS, VISION_LAYERS, HEAD_DIM = 20, 8, 64
 VOCABULARY, SMALLEST_VOCABULARY = 151_936, 1024

@@ -39,11 +39,11 @@ import numpy as np
 import optax
 
 from lmmr1_jax.algorithms.registry import updates_per_rollout
-from lmmr1_jax.config import LearnerConfig, MeshConfig, RewardsConfig, TrainConfig
-from lmmr1_jax.data.packing import grow, pack, plan_shapes
+from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig, TrainConfig
+from lmmr1_jax.packing.pack import grow, pack, plan_shapes
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.learner.sharding import make_mesh
-from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.network import INIT_SCALE, Network, Params, build
 from lmmr1_jax.models.vision_batch import pack_pictures
 from lmmr1_jax.tasks.shapes import (
@@ -56,9 +56,9 @@ from lmmr1_jax.tasks.shapes import (
     draw_scene,
     shape_prompts,
 )
-from lmmr1_jax.types import FINISH_STOP, Completion, PackedBatch, Reward, Rollout
+from lmmr1_jax.types.records import FINISH_STOP, Completion, PackedBatch, Reward, Rollout
 from weights_bridge.export import export
-from weights_bridge.layout import layout, logical_axes
+from weights_bridge.tensor_table import layout, logical_axes
 from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
 
 SEED = 7_000_001
@@ -367,8 +367,8 @@ def _patches(scene: Scene, processor: Processor) -> np.ndarray:
 
 def measure(params: Params, network: Network, processor: Processor) -> dict[str, Any]:
     """Greedy accuracy and format on the 1,024 held-out prompts, and how often sampling is right."""
-    from lmmr1_jax.rewards.verifier import Verifier
-    from lmmr1_jax.rollout.jax_sampler import JaxSampler, sampling_key
+    from lmmr1_jax.rewards.rules.service import Verifier
+    from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 
     sampler = JaxSampler(
         network, banned_ids=processor.banned_ids, end_ids=processor.end_ids, patches_of=processor.patches

@@ -15,13 +15,13 @@ import ray
 from ray.cluster_utils import Cluster
 from small_engine import SmallEngine
 
-from lmmr1_jax.config import RayConfig
-from lmmr1_jax.errors import SamplingFailed, UserError
-from lmmr1_jax.rollout.ray_cluster import connected, reserved
-from lmmr1_jax.rollout.vllm_fleet import Fleet, FleetSettings
-from lmmr1_jax.rollout.vllm_protocol import GroupRequest
+from lmmr1_jax.config.schema import RayConfig
+from lmmr1_jax.runtime.errors import SamplingFailed, UserError
+from lmmr1_jax.rollout.engines.ray_cluster import connected, reserved
+from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings
+from lmmr1_jax.rollout.engines.protocol import GroupRequest
 from weights_bridge.stream import Piece, TensorSpec
-from weights_bridge.vllm.sender import HostTransport
+from weights_bridge.transports.host import HostTransport
 
 START_TIMEOUT = 3.0
 NOTICED = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 6}

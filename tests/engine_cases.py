@@ -19,20 +19,20 @@ import numpy as np
 import oracle
 import ray
 
-from lmmr1_jax import assembly
-from lmmr1_jax.config import LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
-from lmmr1_jax.data.packing import PackShapes, gather, grow, pack, plan_shapes
+from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
+from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.learner.step import Learner
-from lmmr1_jax.rollout import vllm_sampler
-from lmmr1_jax.rollout.vllm_actor import EngineActor
-from lmmr1_jax.rollout.vllm_protocol import EngineSettings, GroupRequest, SampledCompletion
-from lmmr1_jax.types import Completion, EncodedPrompt, Rollout
-from weights_bridge.layout import read_layout
+from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.rollout.engines import sampler as vllm_sampler
+from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
+from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
+from weights_bridge.tensor_table import read_layout
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
 from weights_bridge.vllm import cuda_builds
-from weights_bridge.vllm.sender import HostTransport
+from weights_bridge.transports.host import HostTransport
 
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False)]
 UPDATES = 5

@@ -9,7 +9,7 @@ import oracle
 
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.positions import prompt_positions
-from lmmr1_jax.types import EncodedPrompt, Picture, Prompt
+from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
 
 SIZES = [[], [(84, 84)], [(56, 140), (168, 112), (28, 28)]]
 """Pictures (height, width) of a prompt each: text alone, one picture, several of odd sizes."""

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from weights_bridge.layout import layout
+from weights_bridge.tensor_table import layout
 from weights_bridge.stream import TensorStream
 
 KINDS = ("qwen2", "qwen2_vl", "qwen2_5_vl")

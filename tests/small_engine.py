@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmmr1_jax.rollout.vllm_protocol import (
+from lmmr1_jax.rollout.engines.protocol import (
     EngineFailed,
     EngineInfo,
     EngineUnfit,

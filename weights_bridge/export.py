@@ -21,7 +21,7 @@ import numpy as np
 
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import copy_blocks
-from weights_bridge.layout import read_layout
+from weights_bridge.tensor_table import read_layout
 from weights_bridge.load import read_stored
 from weights_bridge.run_checkpoint import (
     SOURCE_DTYPES_FILE,

@@ -13,7 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import aligned_empty, copy_blocks
-from weights_bridge.layout import (
+from weights_bridge.tensor_table import (
     EMBEDDING_NAME,
     HEAD_NAME,
     SCORE_NAME,

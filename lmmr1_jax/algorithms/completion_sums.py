@@ -12,7 +12,7 @@ def completion_sums(
 ) -> Float[Array, "rows slots"]:
     """In every slot the sum of `values` over the slots of its completion; 0 at padding, whose values are not read.
 
-    A completion lies whole in one row and its slots stand side by side (`data.packing`), so a row is summed on its
+    A completion lies whole in one row and its slots stand side by side (`packing.pack`), so a row is summed on its
     own, wherever the devices' borders are:
 
         completion  0  0  0  4  4 -1        values  1  2  3  4  5  ?        sums  6  6  6  9  9  0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmmr1_jax.algorithms.shaping import Tokens, less_the_mean, shaped_advantages
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Rollout
 
 
 def advantages(

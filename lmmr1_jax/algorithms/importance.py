@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.algorithms.completion_sums import completion_sums
-from lmmr1_jax.config import AlgorithmConfig
+from lmmr1_jax.config.schema import AlgorithmConfig
 
 _LOG_WEIGHT_LIMIT = 20.0
 

@@ -15,7 +15,7 @@ from lmmr1_jax.algorithms.importance import importance_weights
 from lmmr1_jax.algorithms.kl import kl_per_token
 from lmmr1_jax.algorithms.loss_inputs import LossInputs, LossOutputs
 from lmmr1_jax.algorithms.policy_losses import POLICY_LOSSES
-from lmmr1_jax.config import AlgorithmConfig
+from lmmr1_jax.config.schema import AlgorithmConfig
 
 METRICS = ("loss/policy", "kl", "clip_fraction", "importance/mean", "importance/clipped", "entropy")
 """What a loss tells. But for `loss/policy`, means over the minibatch's tokens, whatever the loss is made of."""

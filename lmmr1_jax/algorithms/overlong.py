@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Reward, Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Reward, Rollout
 
 
 def overlong(length: int, limit: int, share: float) -> float:

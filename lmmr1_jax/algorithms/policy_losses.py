@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from lmmr1_jax.algorithms.completion_sums import completion_sums
 from lmmr1_jax.algorithms.loss_inputs import LossInputs
-from lmmr1_jax.config import AlgorithmConfig
+from lmmr1_jax.config.schema import AlgorithmConfig
 
 _LOG_RATIO_LIMIT = 20.0
 

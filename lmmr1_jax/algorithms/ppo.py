@@ -17,8 +17,8 @@ from lmmr1_jax.algorithms.shaping import (
     token_rewards,
     with_advantages,
 )
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Rollout
 
 
 def generalised_advantages(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lmmr1_jax.algorithms import dr_grpo, grpo, ppo, reinforce_pp, reinforce_pp_baseline, rloo, rloo_lmm_r1
-from lmmr1_jax.config import AlgorithmConfig, CriticConfig, TrainConfig
-from lmmr1_jax.errors import UserError
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, TrainConfig
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.types.records import Rollout
 
 _log = logging.getLogger(__name__)
 

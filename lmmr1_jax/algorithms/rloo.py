@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lmmr1_jax.algorithms.shaping import Group, Tokens, less_the_mean, shaped_advantages
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Rollout
 
 
 def leave_one_out(rewards: Group) -> Group:

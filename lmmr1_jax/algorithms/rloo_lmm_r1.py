@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from lmmr1_jax.algorithms.rloo import leave_one_out
 from lmmr1_jax.algorithms.shaping import Tokens, shaped_advantages
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Rollout
 
 
 def advantages(

@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmr1_jax.algorithms.kl import kl_per_token
-from lmmr1_jax.config import AlgorithmConfig
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig
+from lmmr1_jax.types.records import Rollout
 
 Group = Float[np.ndarray, "group"]
 Tokens = Float[np.ndarray, "tokens"]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lmmr1_jax.data.faults import BROKEN_PICTURE, EXTREME_PICTURE, PictureFault
 from lmmr1_jax.data.fetch import FetchPolicy, open_reference, shown
-from lmmr1_jax.types import Picture
+from lmmr1_jax.types.records import Picture
 
 MAX_DECODED_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200

@@ -32,10 +32,10 @@ from lmmr1_jax.data.faults import (
 from lmmr1_jax.data.fetch import FetchPolicy
 from lmmr1_jax.data.messages import Message, picture_references, refuse_special_tokens
 from lmmr1_jax.data.pictures import PictureFormat, load_picture, patchify
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.models.positions import prompt_positions
-from lmmr1_jax.types import EncodedPrompt, Picture, Prompt
+from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
 
 BANNED_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 

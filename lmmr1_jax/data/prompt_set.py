@@ -16,8 +16,8 @@ import numpy as np
 from lmmr1_jax.data.faults import BAD_JSON, NO_ANSWER, NO_MESSAGE, SkipPrompt
 from lmmr1_jax.data.messages import parse_answer, parse_messages, refuse_special_tokens
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.errors import UserError
-from lmmr1_jax.types import Prompt
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.types.records import Prompt
 
 HOLDOUT_ROWS, HOLDOUT_SHARE = 256, 10  # the last min(256, 10 %) rows
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.state import TrainState, as_dict, from_dict
 
 _log = logging.getLogger(__name__)

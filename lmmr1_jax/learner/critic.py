@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from lmmr1_jax.config import LearnerConfig, TrainConfig
-from lmmr1_jax.learner.forward import response_hidden
-from lmmr1_jax.types import PackedBatch
+from lmmr1_jax.config.schema import LearnerConfig, TrainConfig
+from lmmr1_jax.models.packed_forward import response_hidden
+from lmmr1_jax.types.records import PackedBatch
 
 SCORE = "score"
 _SEED = 0x5C03E

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lmmr1_jax.config import LearnerConfig
+from lmmr1_jax.config.schema import LearnerConfig
 
 # Norm scales and biases are not decayed: pulling them to zero regularises nothing.
 _DECAYED = ("kernel", "embedding")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 
 MODEL_TYPES = ("qwen2", "qwen2_vl", "qwen2_5_vl")
 

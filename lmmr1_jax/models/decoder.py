@@ -9,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lmmr1_jax.models.attention import ATTENDED, NORMALIZER
+from lmmr1_jax.models.attention.xla import ATTENDED, NORMALIZER
 from lmmr1_jax.models.config import TextConfig
 from lmmr1_jax.models.layers import Embedding, Linear, RMSNorm, Stack, inverse_frequencies, rotate
 

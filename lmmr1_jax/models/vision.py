@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lmmr1_jax.models.attention import attend
+from lmmr1_jax.models.attention.xla import attend
 from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.layers import (
     LayerNorm,
@@ -30,7 +30,7 @@ from lmmr1_jax.models.layers import (
     product,
     rotate,
 )
-from lmmr1_jax.types import VisionBatch
+from lmmr1_jax.types.records import VisionBatch
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from jaxtyping import Array
 
-from lmmr1_jax.rollout.jax_sampler import JaxSampler
-from lmmr1_jax.types import EncodedPrompt, Reward, Rollout
+from lmmr1_jax.rollout.local.sampler import JaxSampler
+from lmmr1_jax.types.records import EncodedPrompt, Reward, Rollout
 
 PROMPTS_AT_A_TIME = 256
 
 
 class Scores(Protocol):
-    """What is needed of a verifier (`rewards.verifier.Verifier`)."""
+    """What is needed of a verifier (`rewards.rules.service.Verifier`)."""
 
     def score(
         self, texts: Sequence[str], labels: Sequence[str], prompts: Sequence[str], verifiers: Sequence[str]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lmmr1_jax.types import Prompt
+from lmmr1_jax.types.records import Prompt
 
 Split = Literal["train", "heldout"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmmr1_jax.types import FINISH_LENGTH, Rollout
+from lmmr1_jax.types.records import FINISH_LENGTH, Rollout
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lmmr1_jax.data.messages import without_pixels
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.types.records import Rollout
 
 
 def sample_record(step: int, rollout: Rollout, decode: Callable[[np.ndarray], str]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tracking.samples import sample_text
 from lmmr1_jax.tracking.step_files import jsonable, truncate_steps
-from lmmr1_jax.types import Rollout
+from lmmr1_jax.types.records import Rollout
 
 # Pictures are shown, not kept: event files would grow by 3 MB with every large one.
 _SHOWN_SIDE = 512

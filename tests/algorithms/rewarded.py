@@ -3,8 +3,8 @@
 import numpy as np
 
 from lmmr1_jax.algorithms.registry import resolved
-from lmmr1_jax.config import AlgorithmConfig, RolloutConfig, TrainConfig
-from lmmr1_jax.types import Completion, EncodedPrompt, Prompt, Reward, Rollout
+from lmmr1_jax.config.schema import AlgorithmConfig, RolloutConfig, TrainConfig
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Prompt, Reward, Rollout
 
 
 def group(rewards, lengths, name="p"):

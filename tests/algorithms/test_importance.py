@@ -7,7 +7,7 @@ import pytest
 
 from lmmr1_jax.algorithms.completion_sums import completion_sums
 from lmmr1_jax.algorithms.importance import importance_weights
-from lmmr1_jax.config import AlgorithmConfig
+from lmmr1_jax.config.schema import AlgorithmConfig
 
 KINDS = ("token", "sequence", "masked_token", "masked_sequence", "none")
 

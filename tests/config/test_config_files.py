@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lmmr1_jax.algorithms import registry
-from lmmr1_jax.config_cli import parse_train_config
+from lmmr1_jax.config.command_line import parse_train_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 BASES = ("embedded",)  # which other files build on, and which export no config

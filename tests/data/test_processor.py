@@ -14,8 +14,8 @@ from PIL import Image  # noqa: E402
 from lmmr1_jax.data.faults import SkipPrompt  # noqa: E402
 from lmmr1_jax.data.messages import parse_messages  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
-from lmmr1_jax.errors import UserError  # noqa: E402
-from lmmr1_jax.types import Prompt  # noqa: E402
+from lmmr1_jax.runtime.errors import UserError  # noqa: E402
+from lmmr1_jax.types.records import Prompt  # noqa: E402
 
 
 def prompt(content, folder):

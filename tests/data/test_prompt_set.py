@@ -6,7 +6,7 @@ import pytest
 
 from lmmr1_jax.data.prompt_set import PromptCursor, prompts_from_rows, read_prompts, read_rows, split_holdout
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 
 
 def row(text="How many?", answer="$3$", **more):

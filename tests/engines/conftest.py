@@ -12,8 +12,8 @@ TESTS = Path(__file__).parents[1]
 def cluster():
     """Ray, connected; its processes find the tests' own modules. What it started ends with these tests."""
     pytest.importorskip("vllm")
-    from lmmr1_jax.config import RayConfig
-    from lmmr1_jax.rollout.ray_cluster import connected
+    from lmmr1_jax.config.schema import RayConfig
+    from lmmr1_jax.rollout.engines.ray_cluster import connected
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])))

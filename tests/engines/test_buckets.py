@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 import ray  # noqa: E402
 
-from lmmr1_jax.rollout.vllm_actor import EngineActor  # noqa: E402
+from lmmr1_jax.rollout.engines.vllm.actor import EngineActor  # noqa: E402
 
 KEPT = 20.0
 """Seconds in which the object store must have given everything back."""

@@ -9,7 +9,7 @@ import engine_cases as cases  # noqa: E402
 from picture_prompts import SIZES, prompt  # noqa: E402
 
 from lmmr1_jax.data.pictures import MAX_ASPECT_RATIO, final_size  # noqa: E402
-from lmmr1_jax.rollout.scoring import Scorer  # noqa: E402
+from lmmr1_jax.rollout.local.scoring import Scorer  # noqa: E402
 
 CLOSE = 1e-4
 NEW_TOKENS = 24

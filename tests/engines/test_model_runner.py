@@ -14,7 +14,7 @@ class WithTriton:
     def runner_takes_the_ban(self, prepared: bool) -> bool:
         from types import SimpleNamespace
 
-        from lmmr1_jax.rollout.vllm_build import set_environment
+        from lmmr1_jax.rollout.engines.vllm.build import set_environment
         from weights_bridge.vllm.cuda_builds import tolerate
 
         tolerate()
@@ -24,7 +24,7 @@ class WithTriton:
         from vllm.v1.sample import logits_processor as first
         from vllm.v1.worker.gpu.sample import logits_processor as second
 
-        from lmmr1_jax.rollout.vllm_banned import BannedTokens
+        from lmmr1_jax.rollout.engines.vllm.banned_tokens import BannedTokens
 
         config.HAS_TRITON = True
         asked = SimpleNamespace(

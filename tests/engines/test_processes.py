@@ -19,15 +19,15 @@ import ray  # noqa: E402
 from picture_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
 from lmmr1_jax.data.processor import Processor  # noqa: E402
-from lmmr1_jax.rollout.jax_sampler import sampling_key  # noqa: E402
-from lmmr1_jax.rollout.vllm_protocol import GroupRequest  # noqa: E402
+from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
+from lmmr1_jax.rollout.engines.protocol import GroupRequest  # noqa: E402
 from weights_bridge.load import load  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
 ENGINE = """
 import asyncio, json, pickle, sys
-from lmmr1_jax.rollout.vllm_actor import EngineActor
+from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
 
 with open(sys.argv[1], "rb") as file:
     settings, files, announced, tensors, request = pickle.load(file)
@@ -52,7 +52,7 @@ print(json.dumps([completion.token_ids.tolist(), loaded]))
 
 LEARNER = """
 import json, sys
-from lmmr1_jax.config_cli import parse_train_config
+from lmmr1_jax.config.command_line import parse_train_config
 parse_train_config(sys.argv[1:], prog="")  # tyro, once at its start, takes a name in sys.modules for the module
 sys.modules["torch"] = None  # to Python, not installed: transformers imports it wherever it is
 from lmmr1_jax.train import main

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.checkpoint import Checkpoints
 from lmmr1_jax.learner.state import TrainState
 

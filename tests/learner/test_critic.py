@@ -9,13 +9,13 @@ import numpy as np
 import packed_cases as cases
 import pytest
 
-from lmmr1_jax.config import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.data.packing import PackShapes, pack, scatter
+from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
+from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.learner.critic import SCORE, initial_head, own_critic, shared_critic
-from lmmr1_jax.learner.sharding import make_mesh
-from lmmr1_jax.learner.step import Learner
+from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.config import parse_config
-from weights_bridge.layout import layout, logical_axes
+from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(
     row_length=64, response_slots=32, rows=2, picture_rows=4, picture_slots=64, micro_batches=6,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmmr1_jax.config import LearnerConfig
+from lmmr1_jax.config.schema import LearnerConfig
 from lmmr1_jax.learner import optimizer
 
 

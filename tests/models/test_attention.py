@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmmr1_jax.models import attention
-from lmmr1_jax.models.attention import attend
+from lmmr1_jax.models.attention import xla as attention
+from lmmr1_jax.models.attention.xla import attend
 
 
 @jax.jit

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.models.config import parse_config, read_config
 
 TEXT = dict(

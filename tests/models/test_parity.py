@@ -196,7 +196,7 @@ def test_packed_rows_that_share_a_prompt_equal_separate_sequences_in_transformer
 
 
 def test_a_cached_step_through_single_layers_equals_the_whole_sequence():
-    from lmmr1_jax.models.attention import attend
+    from lmmr1_jax.models.attention.xla import attend
 
     folder = oracle.random_model("qwen2_5_vl")
     network, params = network_and_params(folder)

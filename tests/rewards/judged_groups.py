@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmr1_jax.types import Completion, EncodedPrompt, Picture, Prompt, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Rollout
 
 
 def decode(token_ids, *, special=False):

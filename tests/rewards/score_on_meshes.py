@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import tiny_reward_model
 
-from lmmr1_jax.assembly import TINY_MODEL
-from lmmr1_jax.config import LearnerConfig, MeshConfig
+from lmmr1_jax.run.setup import TINY_MODEL
+from lmmr1_jax.config.schema import LearnerConfig, MeshConfig
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.learner.sharding import make_mesh
-from lmmr1_jax.rewards.model_source import check_fit
-from lmmr1_jax.rewards.reward_model import RewardModel
+from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.rewards.sources.model import check_fit
+from lmmr1_jax.rewards.sources.reward_model import RewardModel
 from lmmr1_jax.tasks.shapes import shape_prompts
-from lmmr1_jax.types import Completion, Rollout
+from lmmr1_jax.types.records import Completion, Rollout
 
 MESHES = {"one": (1, 1, 1), "data and tensor": (2, 1, 2), "fsdp": (1, 8, 1), "all": (2, 2, 2)}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from waiting import alive, wait_until
 
-from lmmr1_jax.config import RewardsConfig
-from lmmr1_jax.rewards.verifier import Verifier
+from lmmr1_jax.config.schema import RewardsConfig
+from lmmr1_jax.rewards.rules.service import Verifier
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -146,7 +146,7 @@ def test_workers_load_nothing_of_jax(verifier):
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert not any(name in maps for name in ("jaxlib", "numpy", "torch", "flax"))
     code = (
-        "import sys, lmmr1_jax.rewards.warden, lmmr1_jax.rewards.rule_job as job; job.prepare(); "
+        "import sys, lmmr1_jax.rewards.workers.fork_server, lmmr1_jax.rewards.rules.worker_job as job; job.prepare(); "
         "print([m for m in sys.modules if m[:3] == 'jax'])"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -181,8 +181,8 @@ SCRIPT = """
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     assert __name__ == "__main__"  # a worker that imported this file again would fail here
-    from lmmr1_jax.config import RewardsConfig
-    from lmmr1_jax.rewards.verifier import Verifier
+    from lmmr1_jax.config.schema import RewardsConfig
+    from lmmr1_jax.rewards.rules.service import Verifier
 
     hang = "<think>so</think><answer>$\\\\boxed{9^{9^{9^{9}}}}$</answer>"
     pool = Verifier(RewardsConfig(timeout=60.0, workers=2))
@@ -237,7 +237,7 @@ def test_signals_to_the_group_leave_the_workers_to_the_run(busy_run):
 
 
 def test_an_interrupted_call_leaves_no_answers_to_the_next(verifier, monkeypatch):
-    import lmmr1_jax.rewards.pool as module
+    import lmmr1_jax.rewards.workers.pool as module
 
     calls = iter(range(10**6))
 

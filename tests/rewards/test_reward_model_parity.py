@@ -12,12 +12,12 @@ import oracle  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from lmmr1_jax.config import LearnerConfig, MeshConfig  # noqa: E402
+from lmmr1_jax.config.schema import LearnerConfig, MeshConfig  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
-from lmmr1_jax.learner.sharding import make_mesh  # noqa: E402
-from lmmr1_jax.rewards.model_source import check_fit  # noqa: E402
-from lmmr1_jax.rewards.reward_model import RewardModel  # noqa: E402
-from lmmr1_jax.types import Completion, Prompt, Rollout  # noqa: E402
+from lmmr1_jax.parallel.sharding import make_mesh  # noqa: E402
+from lmmr1_jax.rewards.sources.model import check_fit  # noqa: E402
+from lmmr1_jax.rewards.sources.reward_model import RewardModel  # noqa: E402
+from lmmr1_jax.types.records import Completion, Prompt, Rollout  # noqa: E402
 
 LIMIT = 1e-4
 PAD, END = oracle.token_id("<|endoftext|>"), oracle.token_id("<|im_end|>")

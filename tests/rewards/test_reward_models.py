@@ -11,18 +11,18 @@ import pytest
 import tiny_reward_model
 from whole_runs import on_eight_devices
 
-from lmmr1_jax.assembly import TINY_MODEL
-from lmmr1_jax.compilation import CompilationCounter
-from lmmr1_jax.config import LearnerConfig, MeshConfig, RewardsConfig
+from lmmr1_jax.run.setup import TINY_MODEL
+from lmmr1_jax.runtime.compilation import CompilationCounter
+from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.errors import UserError
-from lmmr1_jax.learner.sharding import make_mesh
-from lmmr1_jax.rewards.model_source import open_model
-from lmmr1_jax.rewards.pool import Fault
-from lmmr1_jax.rewards.sources import Group, Rewards
-from lmmr1_jax.rewards.specs import ModelSpec, check_rewards, read_models
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.rewards.sources.model import open_model
+from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.sources.base import Group, Rewards
+from lmmr1_jax.rewards.sources.specs import ModelSpec, check_rewards, read_models
 from lmmr1_jax.tasks.shapes import shape_prompts
-from lmmr1_jax.types import Completion, Rollout
+from lmmr1_jax.types.records import Completion, Rollout
 
 MESHES = ("data and tensor", "fsdp", "all")
 

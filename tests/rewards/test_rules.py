@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lmmr1_jax.rewards.rules import gold_is_parsable, grade, has_form, is_right
+from lmmr1_jax.rewards.rules.grading import gold_is_parsable, grade, has_form, is_right
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -12,10 +12,10 @@ import pytest
 from lmmr1_jax.models.config import ModelConfig, TextConfig
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.models.network import build
-from lmmr1_jax.rollout.decode import DecoderWeights, Request, decode, unstack_layers
-from lmmr1_jax.rollout.jax_sampler import JaxSampler, sampling_key
-from lmmr1_jax.rollout.scoring import Scorer
-from lmmr1_jax.types import FINISH_LENGTH, FINISH_STOP, EncodedPrompt, Prompt
+from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
+from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
+from lmmr1_jax.rollout.local.scoring import Scorer
+from lmmr1_jax.types.records import FINISH_LENGTH, FINISH_STOP, EncodedPrompt, Prompt
 
 TEXT = TextConfig(
     vocab_size=48,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.rollout.evaluation import evaluate, pass_at_k
-from lmmr1_jax.types import Completion, EncodedPrompt, Prompt, Reward
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Prompt, Reward
 
 
 def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():

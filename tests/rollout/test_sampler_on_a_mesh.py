@@ -8,12 +8,12 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import jax
 import numpy as np
-from lmmr1_jax.config import MeshConfig
-from lmmr1_jax.learner.sharding import activation_constraint, make_mesh
+from lmmr1_jax.config.schema import MeshConfig
+from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
 from lmmr1_jax.models.config import ModelConfig, TextConfig
 from lmmr1_jax.models.network import build
-from lmmr1_jax.rollout.jax_sampler import JaxSampler, sampling_key
-from lmmr1_jax.types import EncodedPrompt, Prompt
+from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
+from lmmr1_jax.types.records import EncodedPrompt, Prompt
 
 text = TextConfig(48, 32, 48, 2, 4, 2, 8, 1e-6, 1e4, None, True)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmr1_jax.types import Completion, EncodedPrompt, Picture, Prompt, Reward, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Reward, Rollout
 
 
 def completion(length: int, finish_reason: str) -> Completion:

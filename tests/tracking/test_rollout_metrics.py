@@ -6,7 +6,7 @@ import pytest
 from tracking.rollout_samples import group
 
 from lmmr1_jax.tracking.rollout_metrics import rollout_metrics
-from lmmr1_jax.types import Reward, Rollout
+from lmmr1_jax.types.records import Reward, Rollout
 
 
 def test_every_completion_counts_once():

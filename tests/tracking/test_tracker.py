@@ -13,8 +13,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tracking.rollout_samples import group
 
-from lmmr1_jax.config import TrackingConfig, TrainConfig
-from lmmr1_jax.errors import UserError
+from lmmr1_jax.config.schema import TrackingConfig, TrainConfig
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tracking.console import ProgressDisplay
 from lmmr1_jax.tracking.tracker import Tracker
 

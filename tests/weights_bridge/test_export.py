@@ -138,7 +138,7 @@ DEVICES_SCRIPT = """
     from safetensors.numpy import load_file
 
     from weights_bridge.export import export
-    from weights_bridge.layout import layout, leaves, lookup
+    from weights_bridge.tensor_table import layout, leaves, lookup
     from weights_bridge.load import load
     from weights_bridge.stream import TensorStream
 

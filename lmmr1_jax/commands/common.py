@@ -1,0 +1,231 @@
+"""What the commands generate, score and evaluate share: flags, opening a model, encoding rows, writing lines."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lmmr1_jax.runtime.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser(name: str, description: str) -> Parser:
+    """A parser with the flags that all three commands take."""
+    flags = Parser(prog=f"python -m lmmr1_jax.{name}", description=description, allow_abbrev=False)
+    flags.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    flags.add_argument("--data", required=True, metavar="FILE", help="JSON, JSONL or parquet of prompts")
+    flags.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    flags.add_argument("--message-key", default="message", help="key of the messages (default: message)")
+    flags.add_argument("--min-pixels", type=count, default=3136, help="smaller pictures are enlarged (default: 3136)")
+    flags.add_argument(
+        "--max-pixels", type=positive, default=1_003_520, help="larger pictures are reduced (default: 1003520)"
+    )
+    flags.add_argument("--max-prompt-tokens", type=positive, default=4096, help="longer prompts are refused (4096)")
+    flags.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
+    flags.add_argument("--picture-root", default="", metavar="DIR", help="read pictures from below this folder only")
+    flags.add_argument("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    return flags
+
+
+def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
+    """The flags of everything that samples."""
+    flags.add_argument("--n", type=positive, default=1, help="completions per prompt (default: 1)")
+    flags.add_argument("--max-new-tokens", type=positive, default=1024, help="length limit (default: 1024)")
+    flags.add_argument(
+        "--temperature", type=not_negative, default=temperature, help=f"0 is greedy (default: {temperature:g})"
+    )
+    flags.add_argument("--top-p", type=share, default=1.0, help="sample from this much of the mass (default: 1, all)")
+    flags.add_argument("--top-k", type=count, default=0, help="sample from so many ids (default: 0, all)")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
+    flags.add_argument("--pictures", type=positive, default=8, help="most pictures of a prompt, with vllm (default: 8)")
+    flags.add_argument("--max-sequences", type=positive, default=256, help="completions at a time (default: 256)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def not_negative(text: str) -> float:
+    """A number from 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number from 0")
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def finite(text: str) -> float:
+    """A number."""
+    return _number(text, float, math.isfinite, "a finite number")
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _number(text: str, kind: type, holds: Callable[[Any], bool], what: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+    return value
+
+
+def open_processor(args: argparse.Namespace):
+    """The model folder's processor.
+
+    Raises:
+      UserError: no such folder, or no such data: said before anything is loaded or written.
+    """
+    from lmmr1_jax.data.processor import Processor
+
+    if not Path(args.model).is_dir():
+        raise UserError(f"--model {args.model}: no such folder")
+    if not Path(args.data).is_file():
+        raise UserError(f"--data {args.data}: no such file")
+    return Processor(
+        args.model,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        max_prompt_tokens=args.max_prompt_tokens,
+        allow_http=args.allow_http,
+        picture_root=args.picture_root or None,
+    )
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
+    """The network, its parameters in the compute dtype, and the mesh (None for a single device)."""
+    import jax
+    import jax.numpy as jnp
+
+    from lmmr1_jax.runtime.compilation import enable_compilation_cache
+    from lmmr1_jax.config.schema import MeshConfig
+    from lmmr1_jax.parallel.sharding import make_mesh, sharding_of
+    from lmmr1_jax.models.config import read_config
+    from lmmr1_jax.models.network import build
+    from weights_bridge.load import load
+
+    enable_compilation_cache()
+    dtype = args.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    network = build(read_config(args.model), compute_dtype=jnp.dtype(dtype))
+    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    params = load(args.model, None if mesh is None else sharding_of(mesh), dtype=jnp.dtype(dtype))
+    return network, params, mesh
+
+
+@contextlib.contextmanager
+def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
+    """The sampler that was asked for, with the model's weights; an engine ends with the context."""
+    if args.sampler == "vllm":
+        with _open_vllm(args, processor) as sampler:
+            yield sampler
+        return
+    from lmmr1_jax.rollout.local.sampler import JaxSampler
+
+    network, params, mesh = open_model(args)
+    sampler = JaxSampler(
+        network,
+        banned_ids=processor.banned_ids,
+        end_ids=processor.end_ids,
+        patches_of=processor.patches,
+        mesh=mesh,
+        max_sequences=args.max_sequences,
+    )
+    sampler.load(params)
+    yield sampler
+
+
+@contextlib.contextmanager
+def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
+    """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
+    from lmmr1_jax.config.schema import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
+    from lmmr1_jax.config.validate import VLLMS_RANGE, in_vllms_range
+    from lmmr1_jax.rollout.engines.ray_cluster import connected
+    from lmmr1_jax.rollout.engines.sampler import open_sampler as open_engines
+
+    config = TrainConfig(
+        run=RunConfig(seed=args.seed),
+        data=DataConfig(max_pixels=args.max_pixels, max_prompt_tokens=args.max_prompt_tokens),
+        rollout=RolloutConfig(sampler="vllm", max_new_tokens=args.max_new_tokens),
+        vllm=VllmConfig(dtype=args.compute_dtype, max_sequences=args.max_sequences, pictures=args.pictures),
+    )
+    if args.temperature and not in_vllms_range(args.temperature):
+        raise UserError(f"--temperature is {args.temperature:g}; with --sampler vllm it must be 0 or {VLLMS_RANGE}")
+    with connected(config.ray, cpus=config.vllm.cpus):
+        network, params, _ = open_model(args)
+        with open_engines(config, processor, network, Path(args.model)) as sampler:
+            sampler.load(params, version=0)
+            yield sampler
+
+
+def encoded_rows(args: argparse.Namespace, processor: Any) -> Iterator[tuple[int, dict[str, Any], Any]]:
+    """Number, row, and the row's EncodedPrompt or the SkipPrompt that says why there is none."""
+    from lmmr1_jax.data.faults import SkipPrompt
+    from lmmr1_jax.data.prompt_set import prompt_from_row, read_rows
+
+    for number, row in read_rows(args.data):
+        if isinstance(row, SkipPrompt):
+            yield number, {}, row
+            continue
+        try:
+            prompt = prompt_from_row(
+                {**row, "answer": None},  # no answer is needed here, and a strange one does no harm
+                number,
+                file=str(args.data),
+                message_key=args.message_key,
+                special_tokens=processor.special_tokens,
+            )
+            yield number, row, processor.encode(prompt)
+        except SkipPrompt as fault:
+            yield number, row, fault
+
+
+def in_parts(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one shorter."""
+    part: list[Any] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def open_out(path: str) -> Any:
+    """The output file, its folder made where it is missing."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+
+
+def write_line(file: Any, line: dict[str, Any]) -> None:
+    """One JSON object, on disk before the next prompts are sampled."""
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.flush()

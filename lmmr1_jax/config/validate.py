@@ -1,0 +1,140 @@
+"""Values that no run can use, refused before anything is loaded. What depends on the algorithm, the devices or the
+model's pictures is checked where these are known: in `algorithms.registry`, `parallel.sharding`, `data.processor`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from typing import Any
+
+from lmmr1_jax.config.schema import RayConfig, RolloutConfig, TrainConfig, VllmConfig
+from lmmr1_jax.config.fields import field_types
+from lmmr1_jax.runtime.errors import UserError
+
+_RANGES = (
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "run.seed run.steps learner.learning_rate learner.weight_decay learner.row_length learner.rows "
+        "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
+        "eval.max_new_tokens tracking.samples tracking.pictures_every algorithm.kl_coefficient algorithm.kl_target "
+        "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high "
+        "algorithm.dynamic_sampling_rounds critic.learning_rate critic.value_clip critic.loss_weight "
+        "critic.freezing_actor_steps",
+    ),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "data.epochs data.max_prompt_tokens data.workers rollout.prompts rollout.completions rollout.max_new_tokens "
+        "vllm.engines vllm.tensor_parallel vllm.cpus vllm.max_sequences vllm.bucket_mib "
+        "rewards.workers rewards.function_workers rewards.url_tries learner.epochs learner.minibatches "
+        "learner.logprob_chunk checkpoint.every checkpoint.keep algorithm.importance_cap algorithm.aggregation_length",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "rollout.temperature rollout.gap_warn rollout.gap_stop vllm.start_timeout vllm.sync_timeout "
+        "vllm.request_timeout ray.timeout rewards.timeout rewards.function_timeout rewards.url_timeout "
+        "rewards.url_wait learner.adam_eps learner.max_grad_norm algorithm.kl_horizon algorithm.reward_clip "
+        "critic.max_grad_norm",
+    ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
+    (
+        "from 0 to 1",
+        lambda value: 0 <= value <= 1,
+        "learner.warmup_ratio learner.min_learning_rate_ratio algorithm.discount algorithm.overlong_share "
+        "algorithm.gae_lambda critic.warmup_ratio",
+    ),
+    ("0 or above 1", lambda value: value == 0 or value > 1, "algorithm.dual_clip"),
+    ("from 0 to below 1", lambda value: 0 <= value < 1, "learner.adam_b1 learner.adam_b2"),
+)
+# Limits that may be no limit.
+_MAY_BE_INFINITE = ("rollout.gap_warn", "rollout.gap_stop", "learner.max_grad_norm", "critic.max_grad_norm")
+
+# Arguments of vLLM that say what is sampled and what the engine's log-probs are of (weights from the bridge, no vision
+# token, nothing of the model's own settings for sampling), and that no code which comes with a model is run.
+_ARGUMENTS_OF_THE_RUN = (
+    "model load_format logprobs_mode generation_config logits_processors additional_config weight_transfer_config "
+    "async_scheduling trust_remote_code"
+).split()
+
+
+VLLMS_RANGE = "from 0.01 to 2"
+"""Temperatures: vLLM takes smaller ones for 0.01, in silence, and refuses larger ones."""
+
+
+def in_vllms_range(temperature: float) -> bool:
+    """Whether vLLM samples at just this temperature."""
+    return 0.01 <= temperature <= 2
+
+
+def engine_arguments(vllm: VllmConfig) -> dict[str, Any]:
+    """What `vllm.arguments` says.
+
+    Raises:
+      UserError: it is no JSON object, or names an argument that is the run's own.
+    """
+    try:
+        arguments = json.loads(vllm.arguments or "{}")
+    except ValueError as error:
+        raise UserError(f"vllm.arguments is no JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise UserError("vllm.arguments must be a JSON object")
+    for name in arguments:
+        if name in _ARGUMENTS_OF_THE_RUN:
+            raise UserError(
+                f"vllm.arguments has {name!r}, which is not to be chosen: what engines sample, report and run depends "
+                "on it; leave it out"
+            )
+    return arguments
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raises UserError, which names the field, its value and what it must be; NaN is outside every range."""
+    for wanted, is_right, names in _RANGES:
+        for name in names.split():
+            value = functools.reduce(getattr, name.split("."), config)
+            if value is not None and not is_right(value):
+                raise UserError(f"{name} is {value!r}; it must be {wanted}")
+    for name in field_types(TrainConfig):
+        value = functools.reduce(getattr, name.split("."), config)
+        if isinstance(value, float) and name not in _MAY_BE_INFINITE and not math.isfinite(value):
+            raise UserError(f"{name} is {value!r}; it must be a finite number")
+    _check_sampler(config)
+    if config.learner.minibatches > config.rollout.prompts:
+        raise UserError(
+            f"learner.minibatches is {config.learner.minibatches}; it must be at most rollout.prompts, "
+            f"{config.rollout.prompts}, for groups are dealt to minibatches whole"
+        )
+
+
+def _check_sampler(config: TrainConfig) -> None:
+    """What only engines of their own can do, or what they can't do together."""
+    rollout, vllm = config.rollout, config.vllm
+    if rollout.sampler == "jax":
+        for group, default in (("vllm", VllmConfig()), ("ray", RayConfig())):
+            for name, value in vars(getattr(config, group)).items():
+                if value != getattr(default, name):
+                    raise UserError(f"{group}.{name} is set, but rollout.sampler is jax, which does not read it")
+        if rollout.staleness:
+            raise UserError(
+                "rollout.staleness is set, but the built-in sampler shares the learner's devices and cannot run ahead; "
+                "it needs rollout.sampler vllm"
+            )
+    elif not in_vllms_range(rollout.temperature):
+        raise UserError(
+            f"rollout.temperature is {rollout.temperature!r}; with rollout.sampler vllm it must be {VLLMS_RANGE}"
+        )
+    if rollout.update != RolloutConfig().update and not rollout.staleness:
+        raise UserError("rollout.update is set, but with rollout.staleness 0 nothing is being sampled during an update")
+    if vllm.colocate and rollout.staleness:
+        raise UserError("vllm.colocate lets engines sleep while the learner works; rollout.staleness must be 0")
+    if vllm.colocate and vllm.memory_share > 0.8:
+        raise UserError(
+            f"vllm.colocate leaves the learner what vllm.memory_share does not take of each GPU; {vllm.memory_share} "
+            "is too much, 0.4 is a start"
+        )
+    engine_arguments(vllm)
+    if vllm.label and not all(vllm.label.partition("=")):
+        raise UserError(f"vllm.label is {vllm.label!r}; it must be NAME=VALUE")

@@ -1,0 +1,89 @@
+"""PPO's critic from its config: what it is made of, and the parameters that it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.learner.critic import SCORE, Critic, initial_head, own_critic, shared_critic
+from lmmr1_jax.parallel.sharding import activation_constraint, head_units, sharding_of
+from lmmr1_jax.models.config import read_config
+from lmmr1_jax.models.network import Network, build
+from lmmr1_jax.rewards.sources.model import check_fit
+from weights_bridge.tensor_table import logical_axes, read_layout
+from weights_bridge.load import has_score, load
+
+
+def build_critic(config: TrainConfig, processor: Processor, policy: Network, source: Path, mesh: Mesh) -> Critic:
+    """The critic of a policy, without parameters.
+
+    Args:
+      config: reads `critic` and `learner.remat`.
+      processor: the policy's, whose tokens and patches the critic reads.
+      policy: the policy's network.
+      source: the folder that the policy comes from.
+      mesh: the learner's.
+
+    Raises:
+      UserError: the critic's model can't read what the policy reads.
+    """
+    if config.critic.backbone == "shared":
+        return shared_critic(policy)
+    folder = _folder(config, source)
+    if config.critic.path:
+        _check_reads_the_same(folder, processor)
+    model = read_config(folder)
+    # Tied, so that there is no head over the vocabulary.
+    body = dataclasses.replace(model, text=dataclasses.replace(model.text, tie_word_embeddings=True))
+    backbone = build(body, policy.compute_dtype, config.learner.remat, activation_constraint(mesh))
+    return own_critic(backbone, logical_axes(read_layout(folder, "score")))
+
+
+def load_critic(config: TrainConfig, critic: Critic, source: Path, mesh: Mesh) -> dict[str, Any]:
+    """The parameters that the critic starts from, float32.
+
+    A reward model brings its score as the value head; else the head starts near 0.
+
+    Args:
+      config: reads `critic` and `run.seed`.
+      critic: from `build_critic`.
+      source, mesh: as there.
+
+    Raises:
+      CheckpointError: the weights are not whole.
+    """
+    head = initial_head(config.run.seed, critic.abstract_params[SCORE]["kernel"].shape[0])
+    if critic.backbone is None:
+        return head
+    folder, shardings = _folder(config, source), sharding_of(mesh, units=head_units(critic.backbone.config))
+    if has_score(folder):
+        return load(folder, shardings, head="score")
+    params = load(folder, shardings)
+    params["language"].pop("head", None)
+    return params | head
+
+
+def _folder(config: TrainConfig, source: Path) -> Path:
+    return Path(config.critic.path) if config.critic.path else source
+
+
+def _check_reads_the_same(folder: Path, processor: Processor) -> None:
+    """Raises UserError unless the model can read the policy's tokens and patches as they are packed."""
+    try:
+        takes = check_fit(folder, processor)
+        own, policy = read_config(folder).vision, processor.config.vision
+        if policy is not None and own is None:
+            raise UserError(f"{folder}: a model of text, which would not see the policy's pictures")
+        if policy is not None and (own.window_size, own.in_channels) != (policy.window_size, policy.in_channels):
+            raise UserError(f"{folder}: its pictures have other windows than the policy's; it must be a {policy.kind}")
+        if takes != (processor.format if policy is not None else None):
+            raise UserError(f"{folder}: its preprocessor_config.json sizes or normalises pictures in another way")
+    except UserError as error:
+        raise UserError(f"critic.path: {error}") from None
+

@@ -1,0 +1,253 @@
+"""The parts of a run, put together from its config: nothing here decides anything, it only connects."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lmmr1_jax.algorithms.registry import needs_critic
+from lmmr1_jax.runtime.compilation import enable_compilation_cache
+from lmmr1_jax.config.schema import ModelConfig, TrainConfig
+from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.data.faults import SkipPrompt
+from lmmr1_jax.data.prompt_loader import PromptFeeder
+from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
+from lmmr1_jax.data.skips import SkipLog
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.parallel.sharding import activation_constraint, head_units, make_mesh, sharding_of
+from lmmr1_jax.learner.state import TrainState
+from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.models.network import Network, build
+from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
+from lmmr1_jax.rewards.sources.http import ServerSource
+from lmmr1_jax.rewards.sources.function import FunctionSource
+from lmmr1_jax.rewards.sources.model import open_model
+from lmmr1_jax.rewards.sources.base import Rewards, RewardSource, RuleSource
+from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
+from lmmr1_jax.rewards.rules.service import Verifier
+from lmmr1_jax.rollout.local.sampler import JaxSampler
+from lmmr1_jax.rollout.engines.ray_cluster import connected
+from lmmr1_jax.rollout.engines.sampler import VllmSampler, open_sampler
+from lmmr1_jax.tasks.shapes import shape_prompts
+from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
+from weights_bridge.tensor_table import layout, logical_axes
+from weights_bridge.load import load
+
+TINY_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
+SHAPES_TO_TRAIN_ON, SHAPES_HELD_OUT = 32_768, 1_024
+
+
+def model_folder(config: ModelConfig) -> Path:
+    """The starting checkpoint: the config's, or the tiny one that ships with the package."""
+    return Path(config.path) if config.path else TINY_MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model on its devices, and all that works with it.
+
+    Attributes:
+      processor: text to tokens, pictures to patches.
+      network: the model without parameters.
+      mesh: the devices.
+      sampler: the built-in one or vLLM's engines; it has no weights yet.
+      source: the folder that the parameters come from.
+    """
+
+    processor: Processor
+    network: Network
+    mesh: Mesh
+    sampler: JaxSampler | VllmSampler
+    source: Path
+
+    def load(self) -> dict[str, Any]:
+        """The checkpoint's parameters, float32, sharded over the mesh."""
+        return load(self.source, sharding_of(self.mesh, units=head_units(self.network.config)))
+
+    def axes(self) -> dict[str, Any]:
+        """Logical axes of every parameter."""
+        return logical_axes(layout(json.loads((self.source / "config.json").read_text(encoding="utf-8"))))
+
+
+@contextlib.contextmanager
+def open_policy(
+    config: TrainConfig, *, resumed_at: int = 0, check: Callable[[], None] = lambda: None
+) -> Iterator[Policy]:
+    """The policy with the sampler that the config names; engines start here and end with the context.
+
+    Args:
+      resumed_at, check: see `open_sampler`; `check` also while Ray is waited for.
+    """
+    if config.rollout.sampler == "jax":
+        yield assemble_policy(config)
+        return
+    # Ray first: it starts processes, which a process that runs JAX should not.
+    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus, check=check):
+        policy = assemble_policy(config)
+        parts = (config, policy.processor, policy.network, policy.source)
+        with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:
+            yield dataclasses.replace(policy, sampler=sampler)
+
+
+def assemble_policy(config: TrainConfig) -> Policy:
+    """Reads the model's folder and builds what samples from it on the learner's devices."""
+    enable_compilation_cache()
+    source, data = model_folder(config.model), config.data
+    processor = Processor(
+        source,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        max_prompt_tokens=data.max_prompt_tokens,
+        allow_http=data.allow_http,
+        picture_root=data.picture_root or None,
+    )
+    mesh = make_mesh(config.mesh)
+    network = build(
+        processor.config, compute_dtype(config.model), config.learner.remat, activation_constraint(mesh)
+    )
+    sampler = JaxSampler(
+        network,
+        banned_ids=processor.banned_ids,
+        end_ids=processor.end_ids,
+        patches_of=processor.patches,
+        mesh=mesh,
+    )
+    return Policy(processor, network, mesh, sampler, source)
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+    """The dtype of matrix products."""
+    if config.compute_dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.compute_dtype)
+
+
+def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Learner:
+    """The learner of a policy, and of its critic where the algorithm has one."""
+    critic = None
+    if needs_critic(config):
+        critic = build_critic(config, policy.processor, policy.network, policy.source, policy.mesh)
+    return Learner(
+        policy.network,
+        config,
+        policy.mesh,
+        policy.axes(),
+        total_updates,
+        banned_ids=policy.processor.banned_ids,
+        critic=critic,
+    )
+
+
+def initial_state(config: TrainConfig, policy: Policy, learner: Learner) -> TrainState:
+    """What training starts from: the checkpoint's parameters, and those of the critic where there is one."""
+    critic = learner.critic and load_critic(config, learner.critic, policy.source, policy.mesh)
+    return learner.init_state(policy.load(), critic)
+
+
+def read_data(
+    config: TrainConfig, processor: Processor, verifier: Verifier, skips: SkipLog
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on and prompts held out for evaluation.
+
+    Every prompt has its verifier, and a gold answer that this one can read; but `rewards.variant lmm-r1` keeps rows
+    whose answer can't be read, and where `rewards.accuracy_weight` is 0 nobody needs one.
+    """
+    if not config.data.path:
+        prompts = shape_prompts("train", SHAPES_TO_TRAIN_ON)
+        held_out = [] if config.eval.path else shape_prompts("heldout", SHAPES_HELD_OUT)
+        prompts, held_out = (choose(part, config.rewards) for part in (prompts, held_out))
+    else:
+        prompts = _read(config.data.path, config, processor, verifier, skips)
+        if not config.eval.path:
+            prompts, held_out = split_holdout(prompts)
+    if config.eval.path:
+        held_out = _read(config.eval.path, config, processor, verifier, skips)
+    check_sources(config.rewards, prompts + held_out)
+    return prompts, held_out[: config.eval.size or None]
+
+
+def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifier, skips: SkipLog) -> list[Prompt]:
+    prompts = read_prompts(
+        path,
+        message_key=config.data.message_key,
+        answer_key=config.data.answer_key,
+        need_answer=config.rewards.accuracy_weight != 0,
+        verifier_key=config.data.verifier_key,
+        special_tokens=processor.special_tokens,
+        skips=skips,
+    )
+    prompts = choose(prompts, config.rewards, config.data.verifier_key)
+    if config.rewards.variant == "lmm-r1" or not config.rewards.accuracy_weight:
+        return prompts
+    return readable(prompts, verifier, skips)
+
+
+def build_rewards(config: TrainConfig, policy: Policy, verifier: Verifier, interrupt: Callable[[], None]) -> Rewards:
+    """All that judges completions, started; `interrupt` is called while a server is waited for and may raise."""
+    with contextlib.ExitStack() as started:
+        sources: list[RewardSource] = [RuleSource(verifier)]
+        for spec in read_functions(config.rewards):
+            sources.append(FunctionSource(spec, config.rewards))
+            started.callback(sources[-1].close)
+        sources += [ServerSource(spec, config.rewards, interrupt) for spec in read_servers(config.rewards)]
+        for spec in read_models(config.rewards):
+            model = open_model(
+                spec,
+                policy.processor,
+                policy.mesh,
+                compute_dtype=policy.network.compute_dtype,
+                learner=config.learner,
+                max_new_tokens=config.rollout.max_new_tokens,
+            )
+            sources.append(model)
+        started.pop_all()  # `Rewards` closes them from here on
+    return Rewards(sources, policy.processor.decode, on_error=config.rewards.on_error)
+
+
+def try_rewards(rewards: Rewards, prompts: list[Prompt], processor: Processor, completions: int) -> None:
+    """Lets every source judge the right answer to a prompt, in a group of the usual size.
+
+    Raises:
+      UserError: one of them can't.
+    """
+    for prompt in prompts[:8]:
+        try:
+            encoded = processor.encode(prompt)
+        except SkipPrompt:
+            continue
+        answer = processor.encode_text(f"<think> </think><answer> {prompt.label or ''} </answer>")
+        nothing = np.zeros(len(answer), np.float32)
+        completion = Completion(answer, nothing, FINISH_LENGTH, nothing.astype(np.int32))
+        rewards.check(Rollout(encoded, (completion,) * completions))
+        return
+
+
+def build_feeder(config: TrainConfig, prompts: list[Prompt], processor: Processor, skips: SkipLog) -> PromptFeeder:
+    """The prompts to train on, in the run's order."""
+    cursor = PromptCursor(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
+    return PromptFeeder(cursor, processor, skips, workers=config.data.workers)
+
+
+def count_steps(config: TrainConfig, prompts: int) -> int:
+    """Steps of the whole run."""
+    steps = config.run.steps or config.data.epochs * prompts // config.rollout.prompts
+    if steps < 1:
+        raise UserError(
+            f"{prompts} prompts give no step of rollout.prompts={config.rollout.prompts}: lower it or set run.steps"
+        )
+    if config.critic.freezing_actor_steps >= steps:
+        raise UserError(
+            f"critic.freezing_actor_steps is {config.critic.freezing_actor_steps}, but the run has {steps} steps: the "
+            "policy would never be trained; it must be fewer"
+        )
+    return steps

@@ -1,0 +1,19 @@
+"""How much of a GPU goes to the learner where engines share it. It must run before JAX is imported."""
+
+from __future__ import annotations
+
+import os
+
+from lmmr1_jax.config.schema import VllmConfig
+
+LEARNER_SHARE = "XLA_CLIENT_MEM_FRACTION"
+"""JAX reads it once, when it first looks for devices."""
+CONTEXTS = 0.05
+"""Share of a GPU that neither side counts as its own: two CUDA contexts, NCCL's buffers. Without it vLLM refuses to
+start, because less than its share is free."""
+
+
+def share_devices(config: VllmConfig) -> None:
+    """Leaves `memory_share` and `CONTEXTS` of each GPU; what the environment already says stays as it is."""
+    if config.colocate and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault(LEARNER_SHARE, f"{1 - config.memory_share - CONTEXTS:.3f}")
