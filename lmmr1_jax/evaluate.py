@@ -14,17 +14,10 @@ import json
 import sys
 from typing import Any
 
-from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.commands.common import add_sampling_flags, open_out, open_processor, open_sampler, parser
+from lmmr1_jax.runtime.arguments import above_zero, positive
+from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.commands.common import (
-    above_zero,
-    add_sampling_flags,
-    open_out,
-    open_processor,
-    open_sampler,
-    parser,
-    positive,
-)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-from lmmr1_jax.config.command_line import run_cli
 from lmmr1_jax.commands.common import (
     add_sampling_flags,
     encoded_rows,
@@ -22,6 +21,7 @@ from lmmr1_jax.commands.common import (
     parser,
     write_line,
 )
+from lmmr1_jax.runtime.cli import run_cli
 
 LINES_AT_A_TIME = 64
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lmmr1_jax.config.command_line import run_cli
 from lmmr1_jax.commands.common import encoded_rows, in_parts, open_model, open_out, open_processor, parser, write_line
+from lmmr1_jax.runtime.cli import run_cli
 
 LINES_AT_A_TIME = 64
 

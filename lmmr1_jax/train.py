@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmmr1_jax.runtime.device_memory import share_devices
+from lmmr1_jax.config.command_line import parse_train_config
 from lmmr1_jax.config.schema import TrainConfig
-from lmmr1_jax.config.command_line import parse_train_config, run_cli
+from lmmr1_jax.runtime.cli import run_cli
+from lmmr1_jax.runtime.device_memory import share_devices
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -36,23 +37,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())  # first: a Ctrl-C while JAX is imported is easily lost
         share_devices(config.vllm)
-        from lmmr1_jax.run import setup as assembly
         from lmmr1_jax.algorithms import registry
-        from lmmr1_jax.runtime.compilation import release_memory
         from lmmr1_jax.data.held_out import HeldOut
         from lmmr1_jax.data.skips import SkipLog
-        from lmmr1_jax.runtime.errors import SamplingFailed
-        from lmmr1_jax.run.gap_monitor import GapWatch
         from lmmr1_jax.learner.checkpoint import Checkpoints, whole_steps
+        from lmmr1_jax.rewards.rules.service import Verifier
         from lmmr1_jax.rewards.sources.base import RewardFailed
         from lmmr1_jax.rewards.sources.specs import check_rewards
-        from lmmr1_jax.rewards.rules.service import Verifier
-        from lmmr1_jax.rollout.rollout_queue import Ahead
         from lmmr1_jax.rollout.evaluation import evaluate
-        from lmmr1_jax.run.gap_probe import GapProbe
         from lmmr1_jax.rollout.local.sampler import sampling_key
+        from lmmr1_jax.rollout.rollout_queue import Ahead
+        from lmmr1_jax.run import setup as assembly
         from lmmr1_jax.run.folder import describe_run, open_run_folder
-        from lmmr1_jax.run.step import Step, Stopwatch, lag
+        from lmmr1_jax.run.gap_monitor import GapWatch
+        from lmmr1_jax.run.gap_probe import GapProbe
+        from lmmr1_jax.run.step import Step
+        from lmmr1_jax.runtime.device_memory import release_memory
+        from lmmr1_jax.runtime.errors import SamplingFailed
+        from lmmr1_jax.tracking.rollout_metrics import lag
+        from lmmr1_jax.tracking.stopwatch import Stopwatch
         from lmmr1_jax.tracking.tracker import Tracker
 
         config = registry.checked(config)

@@ -30,18 +30,28 @@ from typing import Any
 
 import jax
 
-from lmmr1_jax.run import setup as assembly
-from lmmr1_jax.runtime.compilation import CompilationCounter, release_memory
-from lmmr1_jax.config.schema import DataConfig, LearnerConfig, ModelConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
-from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.config.schema import (
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    VllmConfig,
+)
 from lmmr1_jax.config.validate import check_ranges
 from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
 from lmmr1_jax.rollout.rollout_queue import Ahead
-from lmmr1_jax.run.step import Step, Stopwatch
-from lmmr1_jax.types.records import Reward, Rollout
+from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run.step import Step
+from lmmr1_jax.runtime.cli import run_cli
+from lmmr1_jax.runtime.compilation import CompilationCounter
+from lmmr1_jax.runtime.device_memory import release_memory
 from lmmr1_jax.runtime.versions import versions
+from lmmr1_jax.tracking.stopwatch import Stopwatch
+from lmmr1_jax.types.records import Reward, Rollout
 
 PHASES = ("rollout", "score", "learn", "sync")
 

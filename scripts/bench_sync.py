@@ -36,13 +36,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmr1_jax.run import setup as assembly
-from lmmr1_jax.run.setup import TINY_MODEL, Policy
-from lmmr1_jax.runtime.compilation import release_memory
 from lmmr1_jax.config.schema import DataConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
-from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.rollout.engines.open import ENGINE_FILES, open_sampler
 from lmmr1_jax.rollout.engines.ray_cluster import connected
-from lmmr1_jax.rollout.engines.sampler import ENGINE_FILES, VllmSampler, open_sampler
+from lmmr1_jax.rollout.engines.sampler import VllmSampler
+from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run.policy import TINY_MODEL, Policy
+from lmmr1_jax.runtime.cli import run_cli
+from lmmr1_jax.runtime.device_memory import release_memory
 from lmmr1_jax.runtime.versions import versions
 
 LAYERS, VISION_LAYERS, HEAD_DIM = 20, 8, 64

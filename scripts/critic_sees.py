@@ -19,18 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.algorithms import registry
 from lmmr1_jax.algorithms.ppo import critic_metrics
+from lmmr1_jax.config.command_line import load_config_file
 from lmmr1_jax.config.schema import TrainConfig
-from lmmr1_jax.config.command_line import load_config_file, run_cli
-from lmmr1_jax.packing.pack import gather
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.learner.state import TrainState
+from lmmr1_jax.packing.pack import gather
 from lmmr1_jax.rewards.rules.service import Verifier
+from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.run.step import Step
-from lmmr1_jax.types.records import EncodedPrompt, PackedBatch
+from lmmr1_jax.runtime.cli import run_cli
+from lmmr1_jax.types.batches import PackedBatch
+from lmmr1_jax.types.records import EncodedPrompt
 
 CRITICS = ("sighted", "blind")
 

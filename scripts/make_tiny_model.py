@@ -40,12 +40,12 @@ import optax
 
 from lmmr1_jax.algorithms.registry import updates_per_rollout
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig, TrainConfig
-from lmmr1_jax.packing.pack import grow, pack, plan_shapes
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.network import INIT_SCALE, Network, Params, build
 from lmmr1_jax.models.vision_batch import pack_pictures
+from lmmr1_jax.packing.pack import grow, pack, plan_shapes
+from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.tasks.shapes import (
     ADD_QUESTIONS,
     COLOURS,
@@ -56,10 +56,11 @@ from lmmr1_jax.tasks.shapes import (
     draw_scene,
     shape_prompts,
 )
-from lmmr1_jax.types.records import FINISH_STOP, Completion, PackedBatch, Reward, Rollout
+from lmmr1_jax.types.batches import PackedBatch
+from lmmr1_jax.types.records import FINISH_STOP, Completion, Reward, Rollout
 from weights_bridge.export import export
-from weights_bridge.tensor_table import layout, logical_axes
 from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
+from weights_bridge.tensor_table import layout, logical_axes
 
 SEED = 7_000_001
 """Of weights and pictures; runs count their seeds from 0."""

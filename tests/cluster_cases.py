@@ -16,10 +16,10 @@ from ray.cluster_utils import Cluster
 from small_engine import SmallEngine
 
 from lmmr1_jax.config.schema import RayConfig
-from lmmr1_jax.runtime.errors import SamplingFailed, UserError
-from lmmr1_jax.rollout.engines.ray_cluster import connected, reserved
 from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.engines.protocol import GroupRequest
+from lmmr1_jax.rollout.engines.ray_cluster import connected, reserved
+from lmmr1_jax.runtime.errors import SamplingFailed, UserError
 from weights_bridge.stream import Piece, TensorSpec
 from weights_bridge.transports.host import HostTransport
 

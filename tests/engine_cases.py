@@ -19,20 +19,20 @@ import numpy as np
 import oracle
 import ray
 
-from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
-from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.rollout.engines import sampler as vllm_sampler
-from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
+from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
+from lmmr1_jax.rollout.engines import open as engines_open
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
+from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
+from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
-from weights_bridge.tensor_table import read_layout
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
-from weights_bridge.vllm import cuda_builds
+from weights_bridge.tensor_table import read_layout
 from weights_bridge.transports.host import HostTransport
+from weights_bridge.vllm import cuda_builds
 
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False)]
 UPDATES = 5
@@ -115,7 +115,7 @@ def noisy(params: Mapping[str, Any], amount: float, seed: int = 0) -> dict[str, 
 
 def engine_settings(folder: Path, **changes: Any) -> EngineSettings:
     """What a run would tell its engines, but for some fields."""
-    chosen = vllm_sampler.engine_settings(
+    chosen = engines_open.engine_settings(
         config(folder), Processor(folder), on_gpu=False, backend=HostTransport.backend
     )
     return dataclasses.replace(chosen, **changes)
@@ -134,7 +134,7 @@ def stream(folder: Path, params: Mapping[str, Any], bucket_bytes: int = ONE_BUCK
 
 def announcement(folder: Path, sent: TensorStream) -> dict[str, Any]:
     """What a learner of the folder's model says of itself."""
-    return vllm_sampler.init_info(json.loads((folder / "config.json").read_text()), sent)
+    return engines_open.init_info(json.loads((folder / "config.json").read_text()), sent)
 
 
 def short_ids(encoded: EncodedPrompt) -> np.ndarray:

@@ -17,7 +17,8 @@ from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.models.vision_batch import pack_pictures
-from lmmr1_jax.types.records import Completion, EncodedPrompt, PackedBatch, Picture, Prompt, Reward, Rollout
+from lmmr1_jax.types.batches import PackedBatch
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Reward, Rollout
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 BANNED = (IMAGE, VIDEO, START, END)

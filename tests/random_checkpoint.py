@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from weights_bridge.tensor_table import layout
 from weights_bridge.stream import TensorStream
+from weights_bridge.tensor_table import layout
 
 KINDS = ("qwen2", "qwen2_vl", "qwen2_5_vl")
 CASES = [(kind, tied) for kind in KINDS for tied in (False, True)]

@@ -21,7 +21,6 @@ import numpy as np
 
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import copy_blocks
-from weights_bridge.tensor_table import read_layout
 from weights_bridge.load import read_stored
 from weights_bridge.run_checkpoint import (
     SOURCE_DTYPES_FILE,
@@ -33,6 +32,7 @@ from weights_bridge.run_checkpoint import (
 )
 from weights_bridge.safetensors_file import write_file
 from weights_bridge.stream import TensorSpec, TensorStream
+from weights_bridge.tensor_table import read_layout
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_SHARD_BYTES = 5_000_000_000

@@ -13,6 +13,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import aligned_empty, copy_blocks
+from weights_bridge.safetensors_file import StoredTensor, read_header
 from weights_bridge.tensor_table import (
     EMBEDDING_NAME,
     HEAD_NAME,
@@ -28,7 +29,6 @@ from weights_bridge.tensor_table import (
     nest,
     read_layout,
 )
-from weights_bridge.safetensors_file import StoredTensor, read_header
 
 ShardingOf = Callable[[LeafPath, tuple[int, ...], Axes], Sharding]
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmmr1_jax.runtime.arguments import Parser, count, not_negative, positive, share
 from lmmr1_jax.runtime.errors import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parser(name: str, description: str) -> Parser:
@@ -53,46 +46,6 @@ def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
     flags.add_argument("--max-sequences", type=positive, default=256, help="completions at a time (default: 256)")
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def count(text: str) -> int:
-    """A whole number from 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def not_negative(text: str) -> float:
-    """A number from 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number from 0")
-
-
-def above_zero(text: str) -> float:
-    """A number above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def finite(text: str) -> float:
-    """A number."""
-    return _number(text, float, math.isfinite, "a finite number")
-
-
-def share(text: str) -> float:
-    """A number in (0, 1]."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def _number(text: str, kind: type, holds: Callable[[Any], bool], what: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not holds(value):
-        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-    return value
-
-
 def open_processor(args: argparse.Namespace):
     """The model folder's processor.
 
@@ -120,11 +73,11 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
     import jax
     import jax.numpy as jnp
 
-    from lmmr1_jax.runtime.compilation import enable_compilation_cache
     from lmmr1_jax.config.schema import MeshConfig
-    from lmmr1_jax.parallel.sharding import make_mesh, sharding_of
     from lmmr1_jax.models.config import read_config
     from lmmr1_jax.models.network import build
+    from lmmr1_jax.parallel.sharding import make_mesh, sharding_of
+    from lmmr1_jax.runtime.compilation import enable_compilation_cache
     from weights_bridge.load import load
 
     enable_compilation_cache()
@@ -162,10 +115,10 @@ def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
     """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
+    from lmmr1_jax.config.engine_arguments import VLLMS_RANGE, in_vllms_range
     from lmmr1_jax.config.schema import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
-    from lmmr1_jax.config.validate import VLLMS_RANGE, in_vllms_range
+    from lmmr1_jax.rollout.engines.open import open_sampler as open_engines
     from lmmr1_jax.rollout.engines.ray_cluster import connected
-    from lmmr1_jax.rollout.engines.sampler import open_sampler as open_engines
 
     config = TrainConfig(
         run=RunConfig(seed=args.seed),
@@ -185,7 +138,8 @@ def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
 def encoded_rows(args: argparse.Namespace, processor: Any) -> Iterator[tuple[int, dict[str, Any], Any]]:
     """Number, row, and the row's EncodedPrompt or the SkipPrompt that says why there is none."""
     from lmmr1_jax.data.faults import SkipPrompt
-    from lmmr1_jax.data.prompt_set import prompt_from_row, read_rows
+    from lmmr1_jax.data.prompt_files import read_rows
+    from lmmr1_jax.data.prompt_set import prompt_from_row
 
     for number, row in read_rows(args.data):
         if isinstance(row, SkipPrompt):

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import re
 import runpy
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lmmr1_jax.config import schema as config_module
-from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.config.fields import checked, close_matches, describe_type, field_types
+from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.config.validate import check_ranges
 from lmmr1_jax.runtime.errors import UserError
-from weights_bridge.errors import BridgeError
 
 ALIASES = {"--resume": "--run.resume"}
 HELP = """Train a Qwen2, Qwen2-VL or Qwen2.5-VL checkpoint by reinforcement learning.
@@ -76,29 +74,6 @@ def load_config_file(path: str | Path) -> TrainConfig:
         found = "no `config`" if config is None else f"a `config` of type {type(config).__name__}"
         raise UserError(f"--config {path} exports {found}; it must export `config = TrainConfig(...)`")
     return checked(config, f"--config {path}: config")
-
-
-def run_cli(main: Callable[[], Any]) -> None:
-    """Runs a command and ends the process: what the user can mend is one line on stderr and exit status 2, and so is
-    every warning, but for the status."""
-    for name in ("lmmr1_jax", "weights_bridge"):
-        logging.getLogger(name).addHandler(_Console(logging.WARNING))
-        logging.getLogger(name).propagate = False  # whatever other packages have set up
-    try:
-        status = main()
-    except (UserError, BridgeError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(status or 0)
-
-
-class _Console(logging.Handler):
-    """A line on stderr, wherever that leads by now: above the progress bar, if there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(f"warning: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, str]]:
@@ -195,6 +170,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         text = error.msg
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-__all__ = ["load_config_file", "parse_train_config", "run_cli"]

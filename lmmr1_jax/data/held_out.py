@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lmmr1_jax.data.prompt_loader import encode_all
 from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.data.prompt_loader import encode_all
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.types.records import EncodedPrompt, Prompt
 

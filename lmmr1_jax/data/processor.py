@@ -10,13 +10,10 @@ never run.
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,10 +28,11 @@ from lmmr1_jax.data.faults import (
 )
 from lmmr1_jax.data.fetch import FetchPolicy
 from lmmr1_jax.data.messages import Message, picture_references, refuse_special_tokens
-from lmmr1_jax.data.pictures import PictureFormat, load_picture, patchify
-from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.data.model_folder import read_chat_template, read_end_ids, read_picture_format, read_tokenizer
+from lmmr1_jax.data.pictures import load_picture, patchify
 from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.models.positions import prompt_positions
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
 
 BANNED_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -71,13 +69,13 @@ class Processor:
         folder = Path(model_folder)
         self.config: ModelConfig = read_config(folder)
         self.tokenizer = read_tokenizer(folder)
-        self._template = _read_chat_template(folder, self.tokenizer)
+        self._template = read_chat_template(folder, self.tokenizer)
         self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
         self.max_prompt_tokens = max_prompt_tokens
         self.max_pictures: int | None = None
         vocabulary = self.tokenizer.get_vocab()
         self.banned_ids = tuple(sorted(vocabulary[token] for token in BANNED_TOKENS if token in vocabulary))
-        self.end_ids = _read_end_ids(folder, self.tokenizer)
+        self.end_ids = read_end_ids(folder, self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.values()
         self.special_tokens = tuple(sorted({*BANNED_TOKENS, *(token.content for token in added if token.special)}))
         self._image_id = self.config.image_token_id
@@ -161,84 +159,3 @@ class Processor:
             raise SkipPrompt(PROMPT_TOO_LONG, f"{tokens} tokens, the limit is {self.max_prompt_tokens}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return value
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a folder; raises UserError where it can't be read."""
-    # transformers would say on stderr that it has no torch, which is as it should be.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(f"{folder}: no tokenizer.json; give the folder of a whole Hugging Face checkpoint")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the loaders raise their own, Rust's and JSON's errors
-        raise UserError(f"{folder}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from None
-
-
-def _read_chat_template(folder: Path, tokenizer: Any) -> str:
-    """The processor's own template where there is one, as transformers prefers it, else the tokenizer's."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str) or not template:
-        raise UserError(f"{folder}: the model has no chat template (chat_template.jinja or in tokenizer_config.json)")
-    return template
-
-
-def _read_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """`eos_token_id` of generation_config.json, else of config.json, else the tokenizer's."""
-    config = _read_json(folder / "config.json")
-    for found in (
-        _read_json(folder / "generation_config.json").get("eos_token_id"),
-        config.get("eos_token_id"),
-        (config.get("text_config") or {}).get("eos_token_id"),
-        tokenizer.eos_token_id,
-    ):
-        if found is not None and found != []:
-            return tuple(dict.fromkeys(int(i) for i in (found if isinstance(found, list) else [found])))
-    raise UserError(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
-
-
-def read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> PictureFormat:
-    """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller.
-
-    Raises:
-      UserError: it cuts pictures into other patches than the model's, or the limits make no sense.
-    """
-    raw = _read_json(folder / "preprocessor_config.json")
-    raw = raw or _read_json(folder / "processor_config.json").get("image_processor") or {}
-    defaults, vision = PictureFormat(), config.vision
-    form = PictureFormat(
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-        mean=tuple(raw.get("image_mean", defaults.mean)),
-        std=tuple(raw.get("image_std", defaults.std)),
-        rescale=raw.get("rescale_factor", defaults.rescale),
-    )
-    for name in ("patch_size", "temporal_patch_size", "merge_size"):
-        if raw.get(name, getattr(form, name)) != getattr(form, name):
-            raise UserError(f"{folder}: preprocessor_config.json has another {name} than config.json")
-    if not form.factor**2 <= max_pixels:
-        raise UserError(f"data.max_pixels {max_pixels} must be at least {form.factor**2}, one picture token")
-    if not 0 <= min_pixels <= max_pixels:
-        raise UserError(f"data.min_pixels {min_pixels} must be between 0 and data.max_pixels {max_pixels}")
-    return form

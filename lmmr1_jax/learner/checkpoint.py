@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.state import TrainState, as_dict, from_dict
+from lmmr1_jax.runtime.errors import UserError
 
 _log = logging.getLogger(__name__)
 

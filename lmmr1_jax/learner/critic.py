@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from lmmr1_jax.config.schema import LearnerConfig, TrainConfig
 from lmmr1_jax.models.packed_forward import response_hidden
-from lmmr1_jax.types.records import PackedBatch
+from lmmr1_jax.types.batches import PackedBatch
 
 SCORE = "score"
 _SEED = 0x5C03E

@@ -23,10 +23,10 @@ from lmmr1_jax.algorithms.registry import needs_critic, needs_reference, resolve
 from lmmr1_jax.config.schema import LearnerConfig, TrainConfig
 from lmmr1_jax.learner import optimizer
 from lmmr1_jax.learner.critic import Critic, optimizer_config, values_of, with_gradient_scaled
+from lmmr1_jax.learner.state import CriticState, TrainState
 from lmmr1_jax.models.packed_forward import Policy, log_probs_of, micro_batch, response_hidden, response_log_probs
 from lmmr1_jax.parallel.sharding import ShardingRules, head_units, parameter_shardings, put_batch
-from lmmr1_jax.learner.state import CriticState, TrainState
-from lmmr1_jax.types.records import PackedBatch
+from lmmr1_jax.types.batches import PackedBatch
 
 Metrics = dict[str, Float[Array, ""]]
 _SUMMED = (*losses.METRICS, "gap/mean")

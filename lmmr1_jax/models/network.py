@@ -30,7 +30,7 @@ from lmmr1_jax.models.attention.xla import attend
 from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.models.decoder import SAVED, Decoder, DecoderLayer, Rope, rope_angles
 from lmmr1_jax.models.vision import VisionTower
-from lmmr1_jax.types.records import VisionBatch
+from lmmr1_jax.types.batches import VisionBatch
 
 Params = dict[str, Any]
 Remat = Literal["none", "attention", "full"]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from lmmr1_jax.parallel.sharding import constrain_rows
 from lmmr1_jax.models.log_probs import token_log_probs
-from lmmr1_jax.types.records import PackedBatch, VisionBatch
+from lmmr1_jax.parallel.sharding import constrain_rows
+from lmmr1_jax.types.batches import PackedBatch, VisionBatch
 
 _TOTALS = ("micro_batches", "tokens_total", "completions_total", "kl_coefficient")
 

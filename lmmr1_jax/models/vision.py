@@ -30,7 +30,7 @@ from lmmr1_jax.models.layers import (
     product,
     rotate,
 )
-from lmmr1_jax.types.records import VisionBatch
+from lmmr1_jax.types.batches import VisionBatch
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0

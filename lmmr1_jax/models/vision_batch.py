@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lmmr1_jax.models.config import VisionConfig
-from lmmr1_jax.types.records import VisionBatch
+from lmmr1_jax.types.batches import VisionBatch
 
 Grid = tuple[int, int, int]
 

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from lmmr1_jax.config.schema import LearnerConfig
+from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.packing.layout import GroupSize, PackShapes, first_fit, group_sizes, lay_out
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.types.records import Rollout
 
 LONGEST_ROW = 4096

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmmr1_jax.config.schema import MeshConfig
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.types.records import PackedBatch, VisionBatch
+from lmmr1_jax.types.batches import PackedBatch, VisionBatch
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ def parameter_shardings(
 
     Args:
       shapes: the tree, of arrays or `jax.ShapeDtypeStruct`s.
-      axes: the same nested dict with a tuple of logical names at every leaf (`weights_bridge.tensor_table.logical_axes`).
+      axes: the same nested dict with a tuple of logical names at every leaf, from
+        `weights_bridge.tensor_table.logical_axes`.
       mesh, rules, units: as in `spec_of`.
     """
     kept_whole: set[str] = set()

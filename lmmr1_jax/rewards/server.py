@@ -29,12 +29,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.config.command_line import run_cli
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.rewards.rules.assignment import read_name
-from lmmr1_jax.rewards.workers.pool import Inbox
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.commands.common import Parser, above_zero, count, finite, positive
+from lmmr1_jax.rewards.workers.pool import Inbox
+from lmmr1_jax.runtime.arguments import Parser, above_zero, count, finite, positive
+from lmmr1_jax.runtime.cli import run_cli
+from lmmr1_jax.runtime.errors import UserError
 
 RESPONSE_STARTS = re.compile(
     r"<\|im_start\|>assistant\n|<｜Assistant｜>|<start_of_turn>model\n|<\|assistant\|>\n?|Assistant: "

@@ -9,15 +9,15 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.data.compatibility import check_fit
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.critic import SCORE, Critic, initial_head, own_critic, shared_critic
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, sharding_of
 from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import Network, build
-from lmmr1_jax.rewards.sources.model import check_fit
-from weights_bridge.tensor_table import logical_axes, read_layout
+from lmmr1_jax.parallel.sharding import activation_constraint, head_units, sharding_of
+from lmmr1_jax.runtime.errors import UserError
 from weights_bridge.load import has_score, load
+from weights_bridge.tensor_table import logical_axes, read_layout
 
 
 def build_critic(config: TrainConfig, processor: Processor, policy: Network, source: Path, mesh: Mesh) -> Critic:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.runtime.stop_signal import StopRequested
+from lmmr1_jax.tracking.step_files import write_json
 from weights_bridge.errors import BridgeError
 from weights_bridge.run_checkpoint import copy_side_files
 
@@ -58,8 +57,3 @@ def describe_run(folder: Path, config: TrainConfig, source: Path) -> None:
     copy_side_files(source, folder / "model")
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmr1_jax.run.setup import Policy
 from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.packing.shapes import TOKENS_PER_DEVICE
 from lmmr1_jax.parallel.sharding import row_shards
-from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.run.policy import Policy
 from lmmr1_jax.types.records import EncodedPrompt, Rollout
 
 COMPLETIONS = 2

@@ -3,133 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from lmmr1_jax.algorithms.registry import needs_critic
-from lmmr1_jax.runtime.compilation import enable_compilation_cache
-from lmmr1_jax.config.schema import ModelConfig, TrainConfig
-from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.data.faults import SkipPrompt
-from lmmr1_jax.data.prompt_loader import PromptFeeder
 from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.data.prompt_loader import PromptFeeder
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, make_mesh, sharding_of
-from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.models.network import Network, build
+from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
-from lmmr1_jax.rewards.sources.http import ServerSource
-from lmmr1_jax.rewards.sources.function import FunctionSource
-from lmmr1_jax.rewards.sources.model import open_model
-from lmmr1_jax.rewards.sources.base import Rewards, RewardSource, RuleSource
-from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.rollout.local.sampler import JaxSampler
-from lmmr1_jax.rollout.engines.ray_cluster import connected
-from lmmr1_jax.rollout.engines.sampler import VllmSampler, open_sampler
+from lmmr1_jax.rewards.sources.base import Rewards, RewardSource, RuleSource
+from lmmr1_jax.rewards.sources.function import FunctionSource
+from lmmr1_jax.rewards.sources.http import ServerSource
+from lmmr1_jax.rewards.sources.model import open_model
+from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
+from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.run.policy import Policy
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
-from weights_bridge.tensor_table import layout, logical_axes
-from weights_bridge.load import load
 
-TINY_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
 SHAPES_TO_TRAIN_ON, SHAPES_HELD_OUT = 32_768, 1_024
-
-
-def model_folder(config: ModelConfig) -> Path:
-    """The starting checkpoint: the config's, or the tiny one that ships with the package."""
-    return Path(config.path) if config.path else TINY_MODEL
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """A model on its devices, and all that works with it.
-
-    Attributes:
-      processor: text to tokens, pictures to patches.
-      network: the model without parameters.
-      mesh: the devices.
-      sampler: the built-in one or vLLM's engines; it has no weights yet.
-      source: the folder that the parameters come from.
-    """
-
-    processor: Processor
-    network: Network
-    mesh: Mesh
-    sampler: JaxSampler | VllmSampler
-    source: Path
-
-    def load(self) -> dict[str, Any]:
-        """The checkpoint's parameters, float32, sharded over the mesh."""
-        return load(self.source, sharding_of(self.mesh, units=head_units(self.network.config)))
-
-    def axes(self) -> dict[str, Any]:
-        """Logical axes of every parameter."""
-        return logical_axes(layout(json.loads((self.source / "config.json").read_text(encoding="utf-8"))))
-
-
-@contextlib.contextmanager
-def open_policy(
-    config: TrainConfig, *, resumed_at: int = 0, check: Callable[[], None] = lambda: None
-) -> Iterator[Policy]:
-    """The policy with the sampler that the config names; engines start here and end with the context.
-
-    Args:
-      resumed_at, check: see `open_sampler`; `check` also while Ray is waited for.
-    """
-    if config.rollout.sampler == "jax":
-        yield assemble_policy(config)
-        return
-    # Ray first: it starts processes, which a process that runs JAX should not.
-    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus, check=check):
-        policy = assemble_policy(config)
-        parts = (config, policy.processor, policy.network, policy.source)
-        with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:
-            yield dataclasses.replace(policy, sampler=sampler)
-
-
-def assemble_policy(config: TrainConfig) -> Policy:
-    """Reads the model's folder and builds what samples from it on the learner's devices."""
-    enable_compilation_cache()
-    source, data = model_folder(config.model), config.data
-    processor = Processor(
-        source,
-        min_pixels=data.min_pixels,
-        max_pixels=data.max_pixels,
-        max_prompt_tokens=data.max_prompt_tokens,
-        allow_http=data.allow_http,
-        picture_root=data.picture_root or None,
-    )
-    mesh = make_mesh(config.mesh)
-    network = build(
-        processor.config, compute_dtype(config.model), config.learner.remat, activation_constraint(mesh)
-    )
-    sampler = JaxSampler(
-        network,
-        banned_ids=processor.banned_ids,
-        end_ids=processor.end_ids,
-        patches_of=processor.patches,
-        mesh=mesh,
-    )
-    return Policy(processor, network, mesh, sampler, source)
-
-
-def compute_dtype(config: ModelConfig) -> Any:
-    """The dtype of matrix products."""
-    if config.compute_dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.compute_dtype)
 
 
 def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Learner:

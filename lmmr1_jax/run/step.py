@@ -8,9 +8,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,16 +19,18 @@ from lmmr1_jax.algorithms import losses, registry, value_loss
 from lmmr1_jax.algorithms.kl import adapted_coefficient
 from lmmr1_jax.algorithms.overlong import with_overlong_penalty
 from lmmr1_jax.algorithms.ppo import critic_metrics
-from lmmr1_jax.run.setup import Policy
 from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes, scatter
 from lmmr1_jax.packing.shapes import tokens_per_device
 from lmmr1_jax.parallel.sharding import row_shards
-from lmmr1_jax.learner.state import TrainState
-from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.rollout.dynamic_sampling import replace_equal_groups
 from lmmr1_jax.rollout.local.sampler import sampling_key
-from lmmr1_jax.types.records import EncodedPrompt, PackedBatch, Rollout
+from lmmr1_jax.run.policy import Policy
+from lmmr1_jax.tracking.stopwatch import Stopwatch
+from lmmr1_jax.types.batches import PackedBatch
+from lmmr1_jax.types.records import EncodedPrompt, Rollout
 
 _LAST = ("learning_rate", "skipped_updates", "value/learning_rate")
 """Metrics of which a step tells the last update's."""
@@ -224,33 +224,6 @@ class Step:
             )
         for groups in minibatches:
             self.shapes = grow(self.shapes, groups, vision)
-
-
-def lag(rollouts: Sequence[Rollout], done: int) -> dict[str, float]:
-    """How many updates the learner, `done` behind it, is ahead of the weights that sampled: mean and most over all
-    tokens."""
-    versions = np.concatenate([c.policy_version for rollout in rollouts for c in rollout.completions])
-    return {"lag/mean": float(np.mean(done - versions)), "lag/max": int(np.max(done - versions))}
-
-
-class Stopwatch:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @property
-    def total(self) -> float:
-        """All phases together."""
-        return sum(self.seconds.values())
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _deal(rollouts: Sequence[Rollout], minibatches: int) -> Iterator[Sequence[Rollout]]:

@@ -5,8 +5,6 @@ A step should compile a fixed, small number of programs. The count says so: it i
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from pathlib import Path
 
@@ -37,12 +35,6 @@ def enable_compilation_cache() -> Path | None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING_SECONDS)
     folder = jax.config.jax_compilation_cache_dir
     return Path(folder) if folder else None
-
-
-def release_memory() -> None:
-    """Hands what compiling left unused back to the operating system: hundreds of MiB, which glibc would keep."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class CompilationCounter:

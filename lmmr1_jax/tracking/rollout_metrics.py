@@ -37,3 +37,10 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for part in sorted({part for reward in rewards for part in reward.parts}):
         metrics[f"reward/{part}"] = float(np.mean([reward.parts.get(part, 0.0) for reward in rewards]))
     return metrics
+
+
+def lag(rollouts: Sequence[Rollout], done: int) -> dict[str, float]:
+    """How many updates the learner, `done` behind it, is ahead of the weights that sampled: mean and most over all
+    tokens."""
+    versions = np.concatenate([c.policy_version for rollout in rollouts for c in rollout.completions])
+    return {"lag/mean": float(np.mean(done - versions)), "lag/max": int(np.max(done - versions))}

@@ -62,3 +62,10 @@ def _step_of(line: bytes) -> int | None:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, path)

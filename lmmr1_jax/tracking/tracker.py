@@ -18,17 +18,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.run.folder import write_json
+from lmmr1_jax.runtime.versions import versions
 from lmmr1_jax.tracking.console import ProgressDisplay
 from lmmr1_jax.tracking.rollout_metrics import rollout_metrics
 from lmmr1_jax.tracking.samples import sample_record
 from lmmr1_jax.tracking.sinks import JsonLinesSink, TensorBoardSink, WandbSink
-from lmmr1_jax.tracking.step_files import jsonable, read_lines
+from lmmr1_jax.tracking.step_files import jsonable, read_lines, write_json
 from lmmr1_jax.types.records import Rollout
-from lmmr1_jax.runtime.versions import versions
 
 PHASES = ("rollout", "score", "learn", "sync")
 

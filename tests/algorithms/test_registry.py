@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lmmr1_jax.algorithms import registry
-from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainConfig
 from lmmr1_jax.config.command_line import load_config_file
 from lmmr1_jax.config.fields import field_types
+from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, RolloutConfig, TrainConfig
 from lmmr1_jax.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lmmr1_jax.config.schema import TrainConfig
-from lmmr1_jax.config.command_line import parse_train_config, run_cli
+from lmmr1_jax.config.command_line import parse_train_config
 from lmmr1_jax.config.fields import checked, describe_type, field_types
+from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
 from weights_bridge.errors import CheckpointError
 
@@ -83,7 +84,7 @@ def test_every_field_has_a_flag_that_takes_its_own_default():
 
 def test_lists_take_several_values_replace_the_files_and_may_be_empty(tmp_path):
     file = tmp_path / "c.py"
-    file.write_text("from lmmr1_jax.config.schema import *\nconfig = TrainConfig(rewards=RewardsConfig(functions=('a.py',)))")
+    file.write_text("from lmmr1_jax.config import *\nconfig = TrainConfig(rewards=RewardsConfig(functions=('a.py',)))")
     words = ["--config", str(file)]
     assert parse_train_config(words).rewards.functions == ("a.py",)
     argv = [*words, "--rewards.functions", "b.py", "n=c.py:f*0.5", "--run.seed", "1", "--rewards.functions=d.py"]
@@ -223,7 +224,10 @@ def test_a_users_error_is_one_line_on_stderr_and_status_two(error, capsys):
 
 
 def test_a_config_needs_no_jax():
-    code = "import sys, lmmr1_jax.config.command_line as c; c.parse_train_config(['--resume']); assert 'jax' not in sys.modules"
+    code = (
+        "import sys, lmmr1_jax.config.command_line as c; c.parse_train_config(['--resume']); "
+        "assert 'jax' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

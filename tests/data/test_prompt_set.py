@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from lmmr1_jax.data.prompt_set import PromptCursor, prompts_from_rows, read_prompts, read_rows, split_holdout
+from lmmr1_jax.data.prompt_files import read_rows
+from lmmr1_jax.data.prompt_set import PromptCursor, prompts_from_rows, read_prompts, split_holdout
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.runtime.errors import UserError
 

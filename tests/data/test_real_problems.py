@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 import oracle  # noqa: E402
 
 from lmmr1_jax.data.faults import REASONS  # noqa: E402
-from lmmr1_jax.data.prompt_loader import PromptFeeder, encode_all  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
+from lmmr1_jax.data.prompt_loader import PromptFeeder, encode_all  # noqa: E402
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts  # noqa: E402
 from lmmr1_jax.data.skips import SkipLog  # noqa: E402
 

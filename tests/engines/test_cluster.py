@@ -17,9 +17,10 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from lmmr1_jax.run.setup import assemble_policy, build_feeder, read_data  # noqa: E402
 from lmmr1_jax.config.command_line import parse_train_config  # noqa: E402
 from lmmr1_jax.data.skips import SkipLog  # noqa: E402
+from lmmr1_jax.run.policy import assemble_policy
+from lmmr1_jax.run.setup import build_feeder, read_data  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STEPS, PROMPTS, STALENESS = 16, 4, 2

@@ -14,11 +14,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from lmmr1_jax.run.setup import assemble_policy  # noqa: E402
 from lmmr1_jax.config.schema import DataConfig, RolloutConfig, TrainConfig, VllmConfig  # noqa: E402
-from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402
+from lmmr1_jax.rollout.engines.open import open_sampler  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
-from lmmr1_jax.rollout.engines.sampler import open_sampler  # noqa: E402
+from lmmr1_jax.run.policy import assemble_policy  # noqa: E402
+from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402
 from lmmr1_jax.tasks.shapes import shape_prompts  # noqa: E402
 from weights_bridge.stream import Piece  # noqa: E402
 

@@ -19,8 +19,8 @@ import oracle  # noqa: E402
 import ray  # noqa: E402
 from picture_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
+from lmmr1_jax.rollout.engines.open import open_sampler  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
-from lmmr1_jax.rollout.engines.sampler import open_sampler  # noqa: E402
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout  # noqa: E402
 from weights_bridge.export import export  # noqa: E402
 

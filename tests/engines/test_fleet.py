@@ -18,11 +18,11 @@ import ray  # noqa: E402
 from small_engine import SmallEngine  # noqa: E402
 from waiting import wait_until  # noqa: E402
 
-from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402
-from lmmr1_jax.rollout.engines.ray_cluster import reserved  # noqa: E402
 from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.engines.protocol import GroupRequest  # noqa: E402
+from lmmr1_jax.rollout.engines.ray_cluster import reserved  # noqa: E402
 from lmmr1_jax.rollout.engines.requests import MOST_ATTEMPTS  # noqa: E402
+from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402
 from weights_bridge.stream import Piece, TensorSpec  # noqa: E402
 from weights_bridge.transports.host import HostTransport  # noqa: E402
 

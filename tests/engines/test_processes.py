@@ -19,8 +19,8 @@ import ray  # noqa: E402
 from picture_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
 from lmmr1_jax.data.processor import Processor  # noqa: E402
-from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
 from lmmr1_jax.rollout.engines.protocol import GroupRequest  # noqa: E402
+from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
 from weights_bridge.load import load  # noqa: E402
 
 ROOT = Path(__file__).parents[2]

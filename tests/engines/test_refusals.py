@@ -10,9 +10,9 @@ import ray  # noqa: E402
 from picture_prompts import prompt  # noqa: E402
 
 from lmmr1_jax.data.processor import Processor  # noqa: E402
-from lmmr1_jax.runtime.errors import UserError  # noqa: E402
 from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings  # noqa: E402
 from lmmr1_jax.rollout.engines.protocol import EngineFailed  # noqa: E402
+from lmmr1_jax.runtime.errors import UserError  # noqa: E402
 from weights_bridge.load import load  # noqa: E402
 from weights_bridge.transports.host import HostTransport  # noqa: E402
 

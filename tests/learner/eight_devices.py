@@ -10,14 +10,14 @@ import jax
 import numpy as np
 import packed_cases as cases
 
-from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.learner.checkpoint import Checkpoints
 from lmmr1_jax.learner.critic import initial_head, own_critic, shared_critic
-from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.config import parse_config
+from lmmr1_jax.packing.pack import PackShapes, pack, scatter
+from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
+from lmmr1_jax.runtime.compilation import CompilationCounter
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.checkpoint import Checkpoints
 from lmmr1_jax.learner.state import TrainState
+from lmmr1_jax.runtime.errors import UserError
 
 
 def state(seed=0, width=5):

@@ -10,11 +10,11 @@ import packed_cases as cases
 import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.learner.critic import SCORE, initial_head, own_critic, shared_critic
-from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.config import parse_config
+from lmmr1_jax.packing.pack import PackShapes, pack, scatter
+from lmmr1_jax.parallel.sharding import make_mesh
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(

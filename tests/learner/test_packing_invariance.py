@@ -8,10 +8,10 @@ import packed_cases as cases
 import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.packing.pack import PackShapes, pack, scatter
-from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.config import parse_config
+from lmmr1_jax.packing.pack import PackShapes, pack, scatter
+from lmmr1_jax.parallel.sharding import make_mesh
 from weights_bridge.tensor_table import layout, logical_axes
 
 # Large enough for every way of packing: one shape, one compiled program.

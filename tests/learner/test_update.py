@@ -9,11 +9,11 @@ import numpy as np
 import packed_cases as cases
 import pytest
 
-from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.config.schema import AlgorithmConfig, LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig
-from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.config import parse_config
+from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.runtime.compilation import CompilationCounter
 from weights_bridge.tensor_table import layout, logical_axes
 
 TEMPERATURE = 0.7

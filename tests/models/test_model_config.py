@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.models.config import parse_config, read_config
+from lmmr1_jax.runtime.errors import UserError
 
 TEXT = dict(
     vocab_size=512,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.config.schema import LearnerConfig
+from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes, scatter
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Rollout
 
 IMAGE = 999

@@ -4,8 +4,8 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lmmr1_jax.config.schema import MeshConfig
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.parallel.sharding import ShardingRules, make_mesh, spec_of
+from lmmr1_jax.runtime.errors import UserError
 
 
 def mesh(data=1, fsdp=1, tensor=1):

@@ -7,12 +7,12 @@ import pytest
 
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.rewards.rules.answers import read_block
 from lmmr1_jax.rewards.rules.assignment import check_sources, choose, read_name, readable
+from lmmr1_jax.rewards.rules.comparators import is_comparable, is_right, number_in, option_in
 from lmmr1_jax.rewards.rules.grading import grade
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.rewards.rules.comparators import is_comparable, is_right, number_in, option_in
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Prompt
 
 NUMBERS = {

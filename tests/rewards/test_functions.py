@@ -13,11 +13,11 @@ from judged_groups import decode, rollout
 from waiting import alive, wait_until
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.rewards.sources.function import FunctionSource
-from lmmr1_jax.rewards.sources.base import Group, RewardFailed, Rewards, RuleSource
-from lmmr1_jax.rewards.sources.specs import check_rewards, read_functions, read_servers
 from lmmr1_jax.rewards.rules.service import Verifier
+from lmmr1_jax.rewards.sources.base import Group, RewardFailed, Rewards, RuleSource
+from lmmr1_jax.rewards.sources.function import FunctionSource
+from lmmr1_jax.rewards.sources.specs import check_rewards, read_functions, read_servers
+from lmmr1_jax.runtime.errors import UserError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 

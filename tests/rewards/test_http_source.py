@@ -11,12 +11,12 @@ import pytest
 from judged_groups import decode, rollout
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.rewards.sources.http import ServerSource
-from lmmr1_jax.rewards.workers.pool import Fault
-from lmmr1_jax.rewards.reward import Reward
 from lmmr1_jax.rewards.sources.base import Group, RewardFailed, Rewards
+from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.specs import ServerSpec
+from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.types.records import Reward
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -13,9 +13,9 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig  # noqa: E402
+from lmmr1_jax.data.compatibility import check_fit  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
 from lmmr1_jax.parallel.sharding import make_mesh  # noqa: E402
-from lmmr1_jax.rewards.sources.model import check_fit  # noqa: E402
 from lmmr1_jax.rewards.sources.reward_model import RewardModel  # noqa: E402
 from lmmr1_jax.types.records import Completion, Prompt, Rollout  # noqa: E402
 

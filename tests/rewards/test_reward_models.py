@@ -11,16 +11,16 @@ import pytest
 import tiny_reward_model
 from whole_runs import on_eight_devices
 
-from lmmr1_jax.run.setup import TINY_MODEL
-from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.parallel.sharding import make_mesh
-from lmmr1_jax.rewards.sources.model import open_model
-from lmmr1_jax.rewards.workers.pool import Fault
 from lmmr1_jax.rewards.sources.base import Group, Rewards
+from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import ModelSpec, check_rewards, read_models
+from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.runtime.compilation import CompilationCounter
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import Completion, Rollout
 

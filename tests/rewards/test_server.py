@@ -23,12 +23,12 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from lmmr1_jax.config.schema import RewardsConfig  # noqa: E402
-from lmmr1_jax.rewards.sources.http import ServerSource  # noqa: E402
-from lmmr1_jax.rewards.workers.pool import Inbox  # noqa: E402
+from lmmr1_jax.rewards.rules.service import Verifier  # noqa: E402
 from lmmr1_jax.rewards.server import response_in  # noqa: E402
 from lmmr1_jax.rewards.sources.base import Group  # noqa: E402
+from lmmr1_jax.rewards.sources.http import ServerSource  # noqa: E402
 from lmmr1_jax.rewards.sources.specs import ServerSpec  # noqa: E402
-from lmmr1_jax.rewards.rules.service import Verifier  # noqa: E402
+from lmmr1_jax.rewards.workers.pool import Inbox  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes through /proc")
 
@@ -258,7 +258,8 @@ def test_flags_that_cannot_be_used_are_one_line(flags, words):
 def test_without_fastapi_it_names_the_extra():
     code = (
         "import sys; sys.modules['fastapi'] = sys.modules['uvicorn'] = None\n"
-        "from lmmr1_jax.config.command_line import run_cli\nfrom lmmr1_jax.rewards.server import main\nrun_cli(lambda: main([]))"
+        "from lmmr1_jax.runtime.cli import run_cli\n"
+        "from lmmr1_jax.rewards.server import main\nrun_cli(lambda: main([]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert run.returncode == 2 and "pip install 'lmmr1-jax[server]'" in run.stderr and run.stderr.count("\n") == 1

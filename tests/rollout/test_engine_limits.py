@@ -9,15 +9,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from lmmr1_jax.run.setup import TINY_MODEL
 from lmmr1_jax.config.schema import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.rollout.engines.open import choose_transport, engine_settings, leave_room
+from lmmr1_jax.rollout.engines.protocol import EngineFailed, EngineUnfit, GroupRequest
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.engine import Engine
-from lmmr1_jax.rollout.engines.protocol import EngineFailed, EngineUnfit, GroupRequest
-from lmmr1_jax.rollout.engines.sampler import choose_transport, engine_settings, leave_room
+from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Prompt
 from weights_bridge.errors import TransportError
 from weights_bridge.vllm.plugin import HOST_BACKEND

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import tiny_reward_model
 
-from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.algorithms.registry import checked
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, RolloutConfig, TrainConfig
-from lmmr1_jax.run.critic_setup import build_critic, load_critic
-from lmmr1_jax.packing.pack import gather, pack, plan_shapes
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.learner.critic import SCORE
+from lmmr1_jax.packing.pack import gather, pack, plan_shapes
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
+from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import Completion, Rollout
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from lmmr1_jax.config.schema import RunConfig, TrainConfig
-from lmmr1_jax.runtime.errors import SamplingFailed, UserError
 from lmmr1_jax.run.folder import open_run_folder
+from lmmr1_jax.runtime.errors import SamplingFailed, UserError
 from lmmr1_jax.runtime.stop_signal import StopRequested
 from weights_bridge.errors import CheckpointError, TransportError
 

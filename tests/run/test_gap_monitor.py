@@ -8,8 +8,8 @@ import sys
 import pytest
 from whole_runs import ROOT, lines
 
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.run.gap_monitor import GapWatch
+from lmmr1_jax.runtime.errors import UserError
 
 
 def test_a_small_gap_says_nothing_and_a_larger_one_warns():
@@ -42,7 +42,7 @@ def test_the_count_survives_a_resume():
 
 STALE = """
 import jax
-from lmmr1_jax.config.command_line import run_cli
+from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.rollout.local.sampler import JaxSampler
 from lmmr1_jax.train import main
 

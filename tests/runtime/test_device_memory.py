@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from lmmr1_jax.runtime.device_memory import LEARNER_SHARE, share_devices
 from lmmr1_jax.config.schema import VllmConfig
+from lmmr1_jax.runtime.device_memory import LEARNER_SHARE, share_devices
 
 DEPRECATED = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 

@@ -11,8 +11,8 @@ import pytest
 from random_checkpoint import CASES, bfloat16, config_of, random_tensors, renamed, write_checkpoint
 
 from weights_bridge.errors import CheckpointError
-from weights_bridge.tensor_table import is_tied, layout, leaves, logical_axes, lookup, nest
 from weights_bridge.load import load, source_dtypes
+from weights_bridge.tensor_table import is_tied, layout, leaves, logical_axes, lookup, nest
 
 
 def flat(params) -> dict:

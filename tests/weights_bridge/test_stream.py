@@ -15,9 +15,9 @@ import pytest
 from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
 
 from weights_bridge import stream as stream_module
-from weights_bridge.tensor_table import Entry, Transform, layout
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream, on_devices
+from weights_bridge.tensor_table import Entry, Transform, layout
 
 TESTS = Path(__file__).parent.parent
 

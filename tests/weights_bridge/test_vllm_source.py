@@ -14,8 +14,8 @@ import torch  # noqa: E402
 from vllm.distributed.weight_transfer.base import WeightSource  # noqa: E402
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine  # noqa: E402
 
-from weights_bridge.tensor_table import layout  # noqa: E402
 from weights_bridge.load import load  # noqa: E402
+from weights_bridge.tensor_table import layout  # noqa: E402
 from weights_bridge.vllm.source import JaxWeightSource  # noqa: E402
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from random_checkpoint import bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
 
-from weights_bridge.tensor_table import layout, leaves, lookup
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
+from weights_bridge.tensor_table import layout, leaves, lookup
 
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "vision_heads": "tensor",
          "vision_mlp": "tensor", "patch": "fsdp"}

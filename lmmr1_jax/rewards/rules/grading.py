@@ -9,8 +9,8 @@ that does.
 
 from __future__ import annotations
 
-from lmmr1_jax.rewards.rules import lmm_r1
 from lmmr1_jax.rewards.rules import comparators as verifiers
+from lmmr1_jax.rewards.rules import lmm_r1
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<end_of_turn>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.rewards.workers.pool import Fault, Inbox, WorkerPool
-from lmmr1_jax.rewards.reward import Reward
+from lmmr1_jax.types.records import Reward
 
 
 class Verifier:
@@ -30,7 +30,10 @@ class Verifier:
         """
         self.config = config
         self._pool = WorkerPool(
-            "lmmr1_jax.rewards.rules.worker_job", workers=config.workers, timeout=config.timeout, memory_bytes=memory_bytes
+            "lmmr1_jax.rewards.rules.worker_job",
+            workers=config.workers,
+            timeout=config.timeout,
+            memory_bytes=memory_bytes,
         )
 
     def score(

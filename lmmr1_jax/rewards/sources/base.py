@@ -14,11 +14,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.rewards.workers.pool import Fault
-from lmmr1_jax.rewards.reward import Reward
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.types.records import Rollout
+from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.types.records import Reward, Rollout
 
 
 class RewardFailed(UserError):

@@ -11,11 +11,11 @@ from typing import Any
 
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.data.messages import without_pixels
-from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.rewards.workers.pool import Fault, StartFailed, WorkerPool
-from lmmr1_jax.rewards.reward import Reward
 from lmmr1_jax.rewards.sources.base import Group, refuse_fault
 from lmmr1_jax.rewards.sources.specs import FunctionSpec
+from lmmr1_jax.rewards.workers.pool import Fault, StartFailed, WorkerPool
+from lmmr1_jax.runtime.errors import UserError
+from lmmr1_jax.types.records import Reward
 
 
 class FunctionSource:

@@ -25,10 +25,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.rewards.workers.pool import Fault
-from lmmr1_jax.rewards.reward import Reward
 from lmmr1_jax.rewards.sources.base import Group, refuse_fault
 from lmmr1_jax.rewards.sources.specs import ServerSpec
+from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.types.records import Reward
 
 REQUESTS_AT_A_TIME = 8
 """Per address."""

@@ -24,18 +24,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.config.schema import LearnerConfig
-from lmmr1_jax.packing.layout import PackShapes, group_sizes, lay_out
-from lmmr1_jax.packing.pack import gather, pack
 from lmmr1_jax.data.pictures import PictureFormat, patchify
-from lmmr1_jax.packing.shapes import grow, plan_shapes, tokens_per_device
-from lmmr1_jax.models.packed_forward import hidden_states, micro_batch
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, put_batch, row_shards, sharding_of
 from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import Network, build
+from lmmr1_jax.models.packed_forward import hidden_states, micro_batch
 from lmmr1_jax.models.positions import prompt_positions
-from lmmr1_jax.types.records import PackedBatch, Picture, Rollout
-from weights_bridge.tensor_table import read_model_config
+from lmmr1_jax.packing.layout import PackShapes, group_sizes, lay_out
+from lmmr1_jax.packing.pack import gather, pack
+from lmmr1_jax.packing.shapes import grow, plan_shapes, tokens_per_device
+from lmmr1_jax.parallel.sharding import activation_constraint, head_units, put_batch, row_shards, sharding_of
+from lmmr1_jax.types.batches import PackedBatch
+from lmmr1_jax.types.records import Picture, Rollout
 from weights_bridge.load import load
+from weights_bridge.tensor_table import read_model_config
 
 
 class RewardModel:

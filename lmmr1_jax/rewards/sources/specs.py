@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.rewards.rules.assignment import by_source
+from lmmr1_jax.runtime.errors import UserError
 
 RESERVED = ("accuracy", "format", "mean", "std", "faults", "timeouts", "equal_groups", "overlong")
 """Names of the rules' parts and of figures about rewards, which no source may take."""

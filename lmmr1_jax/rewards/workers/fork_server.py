@@ -1,4 +1,6 @@
-"""The process that reward workers are forked from: `python -m lmmr1_jax.rewards.workers.fork_server FD MEMORY JOB ARGUMENTS...`.
+"""The process that reward workers are forked from.
+
+    python -m lmmr1_jax.rewards.workers.fork_server FD MEMORY JOB ARGUMENTS...
 
 A pool starts one warden with a fresh interpreter, never by forking itself: it runs JAX. JOB is a module that defines
 `prepare()`, called once before the forks, and `begin(*arguments)`, called in every worker, which returns the function

@@ -30,6 +30,7 @@ LARGEST_CHUNK = 16
 """Tasks sent to a worker at a time: enough that it need not wait for the next, few enough to share evenly."""
 
 MOST_FAILED_STARTS = 5
+FORK_SERVER = "lmmr1_jax.rewards.workers.fork_server"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,7 +328,7 @@ class _Warden:
         self.control, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lmmr1_jax.rewards.workers.fork_server", str(theirs.fileno()), str(memory_bytes), *job],
+                [sys.executable, "-P", "-m", FORK_SERVER, str(theirs.fileno()), str(memory_bytes), *job],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

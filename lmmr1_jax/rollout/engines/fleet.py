@@ -25,8 +25,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmmr1_jax.runtime.errors import SamplingFailed
-from lmmr1_jax.rollout.engines.ray_errors import cause_of, reason_for
 from lmmr1_jax.rollout.engines.protocol import (
     EngineFailed,
     EngineInfo,
@@ -35,7 +33,9 @@ from lmmr1_jax.rollout.engines.protocol import (
     RequestRefused,
     SampledCompletion,
 )
+from lmmr1_jax.rollout.engines.ray_errors import cause_of, reason_for
 from lmmr1_jax.rollout.engines.requests import MOST_ATTEMPTS, Engine, Ticket, Work
+from lmmr1_jax.runtime.errors import SamplingFailed
 from weights_bridge.transports.host import failure_of
 
 _log = logging.getLogger(__name__)

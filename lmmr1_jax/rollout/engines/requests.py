@@ -6,8 +6,8 @@ import dataclasses
 import time
 from typing import Any
 
-from lmmr1_jax.runtime.errors import SamplingFailed
 from lmmr1_jax.rollout.engines.protocol import EngineInfo, GroupRequest, SampledCompletion
+from lmmr1_jax.runtime.errors import SamplingFailed
 
 MOST_ATTEMPTS = 4
 """Engines that may fail over one request before the request is to blame."""

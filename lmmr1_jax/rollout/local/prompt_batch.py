@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.vision_batch import pack_pictures, slots_needed
-from lmmr1_jax.types.records import EncodedPrompt, Picture, VisionBatch
+from lmmr1_jax.types.batches import VisionBatch
+from lmmr1_jax.types.records import EncodedPrompt, Picture
 
 SHORTEST_ROW = 64
 

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from lmmr1_jax.rollout.engines.vllm import build as vllm_build
-from lmmr1_jax.rollout.engines.vllm.build import one_line
 from lmmr1_jax.rollout.engines.protocol import (
     EngineFailed,
     EngineSettings,
@@ -28,6 +26,8 @@ from lmmr1_jax.rollout.engines.protocol import (
     RequestRefused,
     SampledCompletion,
 )
+from lmmr1_jax.rollout.engines.vllm import build as vllm_build
+from lmmr1_jax.rollout.engines.vllm.build import one_line
 from weights_bridge.vllm.plugin import HOST_BACKEND
 
 IDLE_SECONDS = 0.2

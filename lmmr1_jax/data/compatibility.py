@@ -1,0 +1,55 @@
+"""Whether a second model (a reward model, a critic) can read the very tokens and pictures of the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from lmmr1_jax.data.model_folder import read_picture_format, read_tokenizer
+from lmmr1_jax.data.pictures import PictureFormat
+from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.models.config import ModelConfig, read_config
+from lmmr1_jax.runtime.errors import UserError
+
+
+def check_fit(folder: str | Path, policy: Processor) -> PictureFormat | None:
+    """How the reward model (or critic) in `folder` takes the policy's pictures; None where one of the two takes none.
+
+    Raises:
+      UserError: another tokenizer, too small a table, or pictures of other patches than the policy's.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    vocabulary = read_tokenizer(folder).get_vocab()
+    _check_vocabulary(folder, vocabulary, policy.tokenizer.get_vocab())
+    size, last = config.text.vocab_size, max(vocabulary.values())
+    if size <= last:
+        raise UserError(f"{folder}: the model has {size} embeddings (vocab_size), its tokenizer tokens up to {last}")
+    if config.vision is None or policy.config.vision is None:
+        return None
+    _check_pictures(folder, config, policy.config)
+    return read_picture_format(folder, config, policy.format.min_pixels, policy.format.max_pixels)
+
+
+def _check_vocabulary(folder: Path, own: Mapping[str, int], policys: Mapping[str, int]) -> None:
+    if own == policys:
+        return
+    different = [token for token in {**policys, **own} if own.get(token) != policys.get(token)]
+    example = min(different, key=lambda token: min(v.get(token, math.inf) for v in (own, policys)))
+    here, there = (f"id {v[example]}" if example in v else "missing" for v in (own, policys))
+    raise UserError(
+        f"{folder}: its tokenizer is another than the policy's: {len(different)} tokens differ, {example!r} is {here} "
+        f"there and {there} in the policy's; it must have been trained with the policy's tokenizer"
+    )
+
+
+def _check_pictures(folder: Path, config: ModelConfig, policy: ModelConfig) -> None:
+    if config.image_token_id != policy.image_token_id:
+        raise UserError(
+            f"{folder}: image_token_id is {config.image_token_id}, the policy's is {policy.image_token_id}"
+        )
+    for field in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
+        own, wanted = getattr(config.vision, field), getattr(policy.vision, field)
+        if own != wanted:
+            raise UserError(f"{folder}: its {field} is {own}, the policy's is {wanted}; pictures would be other tokens")
