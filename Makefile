@@ -11,10 +11,10 @@ BIN = $(VENV)/bin
 .PHONY: demo demo-vllm test lint clean
 
 demo: $(VENV)/.core
-	$(BIN)/python -m lmmr1_jax.train --config configs/rloo.py --run.dir $(OUT) --run.seed $(SEED)
+	$(BIN)/python -m lmmr1_jax.train --config configs/demo/rloo.py --run.dir $(OUT) --run.seed $(SEED)
 
 demo-vllm: $(VENV)/.vllm
-	$(BIN)/python -m lmmr1_jax.train --config configs/rloo_vllm.py --run.dir $(OUT) --run.seed $(SEED)
+	$(BIN)/python -m lmmr1_jax.train --config configs/demo/rloo_vllm.py --run.dir $(OUT) --run.seed $(SEED)
 
 # Engines share one Ray cluster and the machine's cores: their tests come one after the other.
 test: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""LMM-R1's first experiment: RLOO on text-only mathematics lifts Qwen2.5-VL-3B-Instruct on problems with pictures.
+"""LMM-R1's first experiment: RLOO on text-only mathematics lifts Qwen2.5-VL-3B-Instruct on problems with images.
 
 Bring two things:
   --model.path  the folder of Qwen/Qwen2.5-VL-3B-Instruct (config.json, safetensors, tokenizer).

@@ -20,7 +20,7 @@ config = dataclasses.replace(
     # The engines sample the next batch while this one is learned from; the loss weighs tokens by importance.
     rollout=dataclasses.replace(math.rollout, sampler="vllm", staleness=1),
     # `--vllm.label pool=h100` would choose among machines that were started with `--labels pool=h100`.
-    vllm=VllmConfig(engines=8, device="gpu", resource="sampler", pictures=1),
+    vllm=VllmConfig(num_engines=8, device="gpu", resource="sampler", max_images=1),
     # `auto`: the cluster that this machine is a node of. The samplers may take a while to come.
     ray=RayConfig(address="auto", timeout=600.0),
 )

@@ -17,6 +17,6 @@ config = dataclasses.replace(
     math,
     run=dataclasses.replace(math.run, dir="runs/rloo_qwen2_5_vl_3b_math_vllm"),
     rollout=dataclasses.replace(math.rollout, sampler="vllm"),
-    vllm=VllmConfig(engines=4, device="gpu", pictures=1),
+    vllm=VllmConfig(num_engines=4, device="gpu", max_images=1),
     ray=RayConfig(devices="4,5,6,7"),
 )

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     with Verifier(rewards) as verifier:
         prompts = read_prompts(
             args.data,
-            message_key=args.message_key,
+            prompt_key=args.prompt_key,
             answer_key=args.answer_key,
             verifier_key=args.verifier_key,
             special_tokens=processor.special_tokens,

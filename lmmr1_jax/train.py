@@ -46,15 +46,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         from lmmr1_jax.rewards.sources.specs import check_rewards
         from lmmr1_jax.rollout.evaluation import evaluate
         from lmmr1_jax.rollout.local.sampler import sampling_key
-        from lmmr1_jax.rollout.rollout_queue import Ahead
+        from lmmr1_jax.rollout.rollout_queue import RolloutQueue
         from lmmr1_jax.run import setup as assembly
         from lmmr1_jax.run.folder import describe_run, open_run_folder
-        from lmmr1_jax.run.gap_monitor import GapWatch
+        from lmmr1_jax.run.gap_monitor import LogProbGapMonitor
         from lmmr1_jax.run.gap_probe import GapProbe
         from lmmr1_jax.run.step import Step
         from lmmr1_jax.runtime.device_memory import release_memory
         from lmmr1_jax.runtime.errors import SamplingFailed
-        from lmmr1_jax.tracking.rollout_metrics import lag
+        from lmmr1_jax.tracking.rollout_metrics import off_policy_steps
         from lmmr1_jax.tracking.stopwatch import Stopwatch
         from lmmr1_jax.tracking.tracker import Tracker
 
@@ -75,22 +75,22 @@ def train(config: TrainConfig) -> dict[str, Any]:
         assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
         stop.check()
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
-        feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
-        open_parts.callback(feeder.close)
+        loader = assembly.build_prompt_loader(config, prompts, policy.processor, skips)
+        open_parts.callback(loader.close)
         total_steps = assembly.count_steps(config, len(prompts))
         learner = assembly.build_learner(config, policy, total_steps * registry.updates_per_rollout(config))
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         open_parts.callback(checkpoints.close)
         step = Step(config, policy, learner, rewards.score)
-        batches = Ahead(
-            feeder,
+        batches = RolloutQueue(
+            loader,
             skips,
             step.begin,
             prompts=config.rollout.prompts,
             staleness=config.rollout.staleness,
             batches=total_steps,
         )
-        gap = GapWatch(config.rollout.gap_warn, config.rollout.gap_stop)
+        gap = LogProbGapMonitor(config.rollout.gap_warn, config.rollout.gap_stop)
         # On the policy every step measures the gap itself.
         probe = GapProbe(config, policy, learner) if config.rollout.staleness else None
 
@@ -161,8 +161,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 stop.check()
                 with watch("score"):
                     rollouts = step.score(rollouts)
-                rollouts = step.replace_equal(rollouts, feeder.take, done, watch)
-                policy.sampler.rest()
+                rollouts = step.replace_equal(rollouts, loader.take, done, watch)
+                policy.sampler.sleep()
                 with watch("score"):
                     minibatches = step.prepare(rollouts, state)
                 stop.check()
@@ -170,12 +170,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 leave(reason, memory)
             with watch("learn"):
                 state, metrics = step.update(state, minibatches)
-            metrics |= lag(rollouts, done)
+            metrics |= off_policy_steps(rollouts, done)
             done += 1
             interrupted = None
             with watch("sync"):
                 try:
-                    policy.sampler.load(state.params, done, within=config.rollout.update == "within")
+                    policy.sampler.load(state.params, done, in_flight=config.rollout.weight_update == "in-flight")
                     if probe is not None:
                         metrics |= probe.measure(rollouts[0].encoded, state.params)
                 except (StopRequested, SamplingFailed) as reason:
@@ -190,7 +190,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 done,
                 metrics
                 | {f"time/{phase}": seconds for phase, seconds in watch.seconds.items()}
-                | {"tokens_per_second": tokens / watch.total, "skipped": skips.total, "animated": feeder.animated},
+                | {"tokens_per_second": tokens / watch.total, "skipped": skips.total, "animated": loader.animated},
                 rollouts,
             )
             if (now_left_out := int(metrics["skipped_updates"])) > left_out:

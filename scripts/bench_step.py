@@ -43,7 +43,7 @@ from lmmr1_jax.config.validate import check_ranges
 from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
-from lmmr1_jax.rollout.rollout_queue import Ahead
+from lmmr1_jax.rollout.rollout_queue import RolloutQueue
 from lmmr1_jax.run import setup as assembly
 from lmmr1_jax.run.step import Step
 from lmmr1_jax.runtime.cli import run_cli
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             sampler=arguments.sampler,
             staleness=arguments.staleness,
         ),
-        vllm=VllmConfig(cpus=arguments.engine_cpus, pictures=1) if arguments.sampler == "vllm" else VllmConfig(),
+        vllm=VllmConfig(cpus=arguments.engine_cpus, max_images=1) if arguments.sampler == "vllm" else VllmConfig(),
         learner=LearnerConfig(
             learning_rate=1e-6, remat=arguments.remat, logprob_chunk=arguments.logprob_chunk, rows=arguments.rows
         ),
@@ -98,9 +98,9 @@ def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[st
 
     measured: list[dict[str, float]] = []
     compilations = CompilationCounter()
-    with contextlib.closing(assembly.build_feeder(config, prompts, policy.processor, skips)) as feeder:
-        batches = Ahead(
-            feeder, skips, step.begin, prompts=wanted.prompts, staleness=wanted.staleness, batches=steps + 1
+    with contextlib.closing(assembly.build_prompt_loader(config, prompts, policy.processor, skips)) as loader:
+        batches = RolloutQueue(
+            loader, skips, step.begin, prompts=wanted.prompts, staleness=wanted.staleness, batches=steps + 1
         )
         for number in range(steps + 1):
             watch = Stopwatch()
@@ -133,7 +133,7 @@ def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[st
     return {
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds["total"],
-        # Ahead of the learner, `rollout` is a wait and no measure of the sampler.
+        # RolloutQueue of the learner, `rollout` is a wait and no measure of the sampler.
         "rollout_tokens_per_second": None if wanted.staleness else tokens / seconds["rollout"],
         "peak_memory_bytes": peak_memory(),
         "peak_memory_excludes_first_step": memory_is_fresh,
@@ -191,7 +191,7 @@ def trivial_reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
 def needed_products(config: Any, rollouts: list[Rollout]) -> dict[str, float]:
     """Floating-point operations of the matrix products that no implementation can leave out, by phase.
 
-    Every prompt and picture is read once per pass, every completion token once; the head sees completion tokens
+    Every prompt and image is read once per pass, every completion token once; the head sees completion tokens
     alone; attention counts the pairs that see each other. The backward pass costs twice the forward pass, and
     nothing is computed twice.
     """
@@ -199,7 +199,7 @@ def needed_products(config: Any, rollouts: list[Rollout]) -> dict[str, float]:
     heads, kv_heads = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     layer = text.hidden_size * (2 * heads + 2 * kv_heads) + 3 * text.hidden_size * text.intermediate_size
     head = text.hidden_size * text.vocab_size
-    language = pictures = 0.0
+    language = images = 0.0
     for rollout in rollouts:
         prompt = len(rollout.encoded.token_ids)
         tokens, pairs = prompt, prompt * (prompt + 1) / 2
@@ -209,11 +209,11 @@ def needed_products(config: Any, rollouts: list[Rollout]) -> dict[str, float]:
             pairs += length * prompt + length * (length + 1) / 2
             language += 2 * length * head
         language += text.num_layers * (2 * tokens * layer + 4 * pairs * heads)
-        pictures += sum(_picture_products(config.vision, picture.grid_thw) for picture in rollout.encoded.pictures)
-    return {"rollout": language + pictures, "learn": 3 * (language + pictures)}
+        images += sum(_image_products(config.vision, image.grid_thw) for image in rollout.encoded.images)
+    return {"rollout": language + images, "learn": 3 * (language + images)}
 
 
-def _picture_products(vision: Any, grid: tuple[int, int, int]) -> float:
+def _image_products(vision: Any, grid: tuple[int, int, int]) -> float:
     patches = grid[0] * grid[1] * grid[2]
     width, inner = vision.hidden_size, vision.intermediate_size
     mlp = (3 if vision.window_size else 2) * width * inner

@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> int:
             vllm=VllmConfig(
                 cpus=arguments.cpus,
                 dtype="bfloat16",
-                max_sequences=8,
+                max_num_seqs=8,
                 kv_cache_gib=0.125,
-                pictures=1,
+                max_images=1,
                 bucket_mib=arguments.bucket_mib,
             ),
         )
@@ -184,7 +184,7 @@ def measure(config: TrainConfig, policy: Policy, params: dict[str, Any], engines
 def one_sync(sampler: VllmSampler, params: dict[str, Any], version: int, base: int) -> dict[str, float]:
     """Seconds of a sync by part, and bytes of memory beyond `base`."""
     pids = [info.pid for info in sampler.fleet.built]
-    sampler.forget()
+    sampler.release_params()
     with PeakMemory() as peak:
         engines_before, own_before, start = sum(map(cpu_seconds, pids)), time.process_time(), time.perf_counter()
         sampler.load(params, version)

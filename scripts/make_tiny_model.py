@@ -2,10 +2,10 @@
 
     python scripts/make_tiny_model.py --out lmmr1_jax/assets/tiny
 
-What it knows is put there in two stages, from generated pictures of the training split, drawn with a seed of their
+What it knows is put there in two stages, from generated images of the training split, drawn with a seed of their
 own:
 
-1. Alignment. The vision tower alone learns to give, for each cell of a picture, the word embedding of the cell's
+1. Alignment. The vision tower alone learns to give, for each cell of an image, the word embedding of the cell's
    colour (or of "empty"), as a projector is aligned before a vision-language model is tuned.
 2. Supervised warm-up. The rest of the model learns to write down two habits:
 
@@ -43,7 +43,7 @@ from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig, Tr
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.network import INIT_SCALE, Network, Params, build
-from lmmr1_jax.models.vision_batch import pack_pictures
+from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.packing.pack import grow, pack, plan_shapes
 from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.tasks.shapes import (
@@ -52,7 +52,7 @@ from lmmr1_jax.tasks.shapes import (
     COUNT_QUESTIONS,
     SYSTEM_PROMPT,
     Scene,
-    draw_picture,
+    draw_image,
     draw_scene,
     shape_prompts,
 )
@@ -63,7 +63,7 @@ from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
 from weights_bridge.tensor_table import layout, logical_axes
 
 SEED = 7_000_001
-"""Of weights and pictures; runs count their seeds from 0."""
+"""Of weights and images; runs count their seeds from 0."""
 EMPTY = "empty"
 EMBEDDING_SCALE = 0.1
 
@@ -186,7 +186,7 @@ def write_side_files(folder: Path) -> None:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             "tokens_per_second": 2,
-            # A window holds exactly one generated picture: no padding.
+            # A window holds exactly one generated image: no padding.
             "window_size": 84,
             "fullatt_block_indexes": [1],
             "out_hidden_size": 128,
@@ -242,7 +242,7 @@ def initial_params(network: Network, seed: int) -> Params:
 
 
 def align(params: Params, network: Network, processor: Processor, *, steps: int, batch: int, rate: float) -> Params:
-    """Stage 1: picture tokens become the word embeddings of what their cells hold; least squares, the vision tower
+    """Stage 1: image tokens become the word embeddings of what their cells hold; least squares, the vision tower
     alone is trained."""
     vision = network.config.vision
     words = np.concatenate([processor.encode_text(f" {word}") for word in (*COLOURS, EMPTY)])
@@ -251,8 +251,8 @@ def align(params: Params, network: Network, processor: Processor, *, steps: int,
     table = params["language"]["embed"]["embedding"][words]
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps, rate / 20), b2=0.98)
 
-    def loss(tower, pictures, slots, cells):
-        features = network.bind(params | {"vision": tower}).encode_pictures(pictures)
+    def loss(tower, images, slots, cells):
+        features = network.bind(params | {"vision": tower}).encode_images(images)
         features = features.reshape(-1, features.shape[-1])[slots]
         wanted = table[cells]
         distances = jnp.sum(jnp.square(features[:, :, None] - table), -1)
@@ -260,8 +260,8 @@ def align(params: Params, network: Network, processor: Processor, *, steps: int,
         return jnp.mean(jnp.square(features - wanted)) / jnp.mean(jnp.square(table)), right
 
     @jax.jit
-    def step(tower, moments, pictures, slots, cells):
-        (error, right), gradients = jax.value_and_grad(loss, has_aux=True)(tower, pictures, slots, cells)
+    def step(tower, moments, images, slots, cells):
+        (error, right), gradients = jax.value_and_grad(loss, has_aux=True)(tower, images, slots, cells)
         updates, moments = optimizer.update(gradients, moments, tower)
         return optax.apply_updates(tower, updates), moments, error, right
 
@@ -270,9 +270,9 @@ def align(params: Params, network: Network, processor: Processor, *, steps: int,
     for number in range(steps):
         scenes = [draw_scene("train", i, SEED) for i in range(number * batch, (number + 1) * batch)]
         patches = [(_patches(scene, processor), (1, 6, 6)) for scene in scenes]
-        pictures, slots = pack_pictures(patches, vision, slots=vision.window_slots, rows=batch)
+        images, slots = pack_images(patches, vision, slots=vision.window_slots, rows=batch)
         cells = np.stack([scene.colours.ravel() for scene in scenes]) % (len(COLOURS) + 1)
-        tower, moments, error, right = step(tower, moments, pictures, np.stack(slots), cells)
+        tower, moments, error, right = step(tower, moments, images, np.stack(slots), cells)
         if number % 50 == 0 or number == steps - 1:
             seconds = time.perf_counter() - start
             print(f"align {number:4d}: error {error:.4f}, cells right {right:.3f}, {seconds:.0f} s", flush=True)
@@ -311,7 +311,7 @@ def warm_up(
       steps: updates.
       hasty: weight of the hasty habit, from 0 to 1.
       system_prompt: whether the prompts have theirs; without it they are half as long.
-      first: number of the first picture.
+      first: number of the first image.
       rate: peak learning rate. Words learn at a tenth of it and the vision tower not at all, so that they stay
         aligned: with everything moving the model was still guessing after 200 updates.
     """
@@ -361,9 +361,9 @@ def _likelihoods(log_probs: np.ndarray, packed: PackedBatch) -> np.ndarray:
 
 
 def _patches(scene: Scene, processor: Processor) -> np.ndarray:
-    from lmmr1_jax.data.pictures import patchify
+    from lmmr1_jax.data.images import patchify
 
-    return patchify(np.asarray(draw_picture(scene)), processor.format)
+    return patchify(np.asarray(draw_image(scene)), processor.format)
 
 
 def measure(params: Params, network: Network, processor: Processor) -> dict[str, Any]:

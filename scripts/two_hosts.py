@@ -110,7 +110,7 @@ def run_scenario(name: str, arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         names = stack.enter_context(network(MBIT if scenario.limited else 0))
         python, sampler_python = Path(sys.executable), arguments.sampler_python.absolute()
-        train = [python, "-m", "lmmr1_jax.train", "--config", REPOSITORY / "configs/rloo_vllm.py", *settings]
+        train = [python, "-m", "lmmr1_jax.train", "--config", REPOSITORY / "configs/demo/rloo_vllm.py", *settings]
         head = ["env", f"RAY={python.parent / 'ray'}", REPOSITORY / "scripts/ray_head.sh", ADDRESSES["learner"], PORT]
         sampler = [REPOSITORY / "scripts/ray_sampler.sh", f"{ADDRESSES['learner']}:{PORT}", "--num-cpus=2"]
         sampler = ["env", f"RAY={sampler_python.parent / 'ray'}", *sampler]

@@ -95,10 +95,10 @@ def main() -> None:
                 wait_for(fleet, 2)
                 # One of two nodes dies in the midst of its work.
                 asked = requests(12, 300)
-                ticket = fleet.submit(asked)
+                handle = fleet.submit(asked)
                 time.sleep(0.2)
                 kill_node(nodes[0])
-                groups = fleet.collect(ticket)
+                groups = fleet.collect(handle)
                 tell("a node dies", served=served(fleet, asked, groups), engines=len(fleet.infos), said=said[:])
                 # A new one comes, and an engine on it.
                 nodes.append(cluster.add_node(num_cpus=2, resources={"sampler": 1}, labels={"kind": "big"}))
@@ -110,12 +110,12 @@ def main() -> None:
                 wait_for(fleet, 2)
                 # None is left. Until here engines could take their time to come.
                 fleet._settings = dataclasses.replace(settings, start_timeout=START_TIMEOUT)
-                ticket = fleet.submit(requests(12, 2000))
+                handle = fleet.submit(requests(12, 2000))
                 for node in nodes[1:]:
                     kill_node(node)
                 started = time.monotonic()
                 try:
-                    fleet.collect(ticket)
+                    fleet.collect(handle)
                 except SamplingFailed as error:
                     tell("no node is left", message=str(error), seconds=time.monotonic() - started)
     with contextlib.suppress(Exception):  # it waits for nodes that were killed

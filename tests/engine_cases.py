@@ -60,7 +60,7 @@ def config(folder: Path, *, temperature: float = 1.0, **vllm: Any) -> TrainConfi
             learning_rate=0.005, warmup_ratio=0.0, min_learning_rate_ratio=1.0, remat="none", logprob_chunk=256
         ),
         mesh=MeshConfig(1, 1, 1),
-        vllm=VllmConfig(**{"cpus": 1, "max_sequences": 64, "kv_cache_gib": 0.125, "pictures": 3} | vllm),
+        vllm=VllmConfig(**{"cpus": 1, "max_num_seqs": 64, "kv_cache_gib": 0.125, "max_images": 3} | vllm),
     )
 
 
@@ -138,7 +138,7 @@ def announcement(folder: Path, sent: TensorStream) -> dict[str, Any]:
 
 
 def short_ids(encoded: EncodedPrompt) -> np.ndarray:
-    """The prompt with one token per picture."""
+    """The prompt with one token per image."""
     ids, pad = encoded.token_ids, oracle.token_id("<|image_pad|>")
     return ids[~np.concatenate([[False], (ids[1:] == pad) & (ids[:-1] == pad)])]
 
@@ -175,9 +175,9 @@ class LiveEngine:
         """A version that this engine has not had: tests that share it must not share what it keeps by version."""
         return next(self._versions)
 
-    def sync(self, params: Mapping[str, Any], *, within: bool = False, bucket_bytes: int = ONE_BUCKET) -> int:
+    def sync(self, params: Mapping[str, Any], *, in_flight: bool = False, bucket_bytes: int = ONE_BUCKET) -> int:
         """A whole update; returns its version."""
-        self.ask("begin_update", within)
+        self.ask("begin_update", in_flight)
         self.send(params, bucket_bytes)
         version = self.next_version()
         self.ask("finish_update", version)
@@ -185,9 +185,9 @@ class LiveEngine:
 
     def begin(self, encoded: EncodedPrompt, n: int, max_new_tokens: int, **how: Any) -> Any:
         """Asks for completions; returns what `finished` and `group` take."""
-        pictures = tuple(picture.pixels for picture in encoded.pictures)
+        images = tuple(image.pixels for image in encoded.images)
         name = f"request-{next(self._numbers)}"
-        request = GroupRequest(name, encoded.token_ids, short_ids(encoded), pictures, n, max_new_tokens, **how)
+        request = GroupRequest(name, encoded.token_ids, short_ids(encoded), images, n, max_new_tokens, **how)
         return self.handle.generate.remote(request)
 
     def sample(self, encoded: EncodedPrompt, n: int, max_new_tokens: int, **how: Any) -> Rollout:

@@ -2,7 +2,7 @@
 
 `random_model` writes a folder that any loader opens (config, safetensors, tokenizer, processor, chat template);
 the rest runs transformers on it in float32. Traps that these helpers step around: without `mm_token_type_ids` a
-Qwen-VL model silently falls back to one-dimensional positions, and torchvision's picture processor differs from
+Qwen-VL model silently falls back to one-dimensional positions, and torchvision's image processor differs from
 PIL's wherever it resizes.
 
 Import it only after `pytest.importorskip("torch")`: transformers' models need torch.
@@ -62,7 +62,7 @@ CORPUS = (
     "Solve the following math problem efficiently and clearly. The last line of your response is the answer.",
     "<think> there are three circles and two squares, so the sum is 5 </think><answer> $\\boxed{5}$ </answer>",
     "Let x and y be real numbers such that x + y = 10 and xy = 21. Find the value of x^2 + y^2.",
-    "First I look at the picture: the blue square is on the left, the green triangle is on the right.",
+    "First I look at the image: the blue square is on the left, the green triangle is on the right.",
 )
 
 
@@ -192,7 +192,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def write_side_files(folder: Path, kind: str) -> None:
-    """Tokenizer, chat template and picture processor, as a checkpoint from the hub has them."""
+    """Tokenizer, chat template and image processor, as a checkpoint from the hub has them."""
     build_tokenizer().save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     if kind == "qwen2":
@@ -280,8 +280,8 @@ def load_model(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
-def random_picture(height: int, width: int, seed: int = 0):
-    """A PIL RGB picture with structure at several scales, not mere noise."""
+def random_image(height: int, width: int, seed: int = 0):
+    """A PIL RGB image with structure at several scales, not mere noise."""
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -291,23 +291,23 @@ def random_picture(height: int, width: int, seed: int = 0):
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8))
 
 
-def patches_of(pictures: list, **limits: int) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' patches of PIL pictures: float32 `[all patches, 1176]` and int `[pictures, 3]` grids."""
+def patches_of(images: list, **limits: int) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' patches of PIL images: float32 `[all patches, 1176]` and int `[images, 3]` grids."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     size = dict(shortest_edge=limits.get("min_pixels", 3136), longest_edge=limits.get("max_pixels", 1_003_520))
-    made = Qwen2VLImageProcessorPil(size=size)(images=pictures, return_tensors="np")
+    made = Qwen2VLImageProcessorPil(size=size)(images=images, return_tensors="np")
     return np.asarray(made["pixel_values"], np.float32), np.asarray(made["image_grid_thw"])
 
 
 def random_patches(grids: list[tuple[int, int, int]], seed: int = 0) -> list[np.ndarray]:
-    """Random patches, float32 `[t*h*w, 1176]` per grid: pictures and videos without the pixels."""
+    """Random patches, float32 `[t*h*w, 1176]` per grid: images and videos without the pixels."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((t * h * w, 1176)).astype(np.float32) for t, h, w in grids]
 
 
 def vision_span(grid: tuple[int, int, int], token: str = "<|image_pad|>") -> list[int]:
-    """The prompt tokens of a picture or video: start, one token per merged patch, end."""
+    """The prompt tokens of an image or video: start, one token per merged patch, end."""
     t, h, w = (int(n) for n in grid)
     return [token_id("<|vision_start|>"), *[token_id(token)] * (t * h * w // 4), token_id("<|vision_end|>")]
 

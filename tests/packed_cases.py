@@ -16,9 +16,9 @@ import numpy as np
 from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.positions import prompt_positions
-from lmmr1_jax.models.vision_batch import pack_pictures
+from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.types.batches import PackedBatch
-from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Reward, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Reward, Rollout
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 BANNED = (IMAGE, VIDEO, START, END)
@@ -70,14 +70,14 @@ def random_params(net: Network, seed: int = 0):
     return jax.tree.unflatten(tree, [jnp.asarray(fill(p, leaf), jnp.float32) for p, leaf in leaves])
 
 
-def patches_of(picture: Picture) -> np.ndarray:
-    """Random patches that the picture's pixels name: float32 `[t*h*w, 1176]`."""
-    rng = np.random.default_rng(int(picture.pixels[0, 0, 0]))
-    return rng.normal(size=(int(np.prod(picture.grid_thw)), 1176)).astype(np.float32)
+def patches_of(image: Image) -> np.ndarray:
+    """Random patches that the image's pixels name: float32 `[t*h*w, 1176]`."""
+    rng = np.random.default_rng(int(image.pixels[0, 0, 0]))
+    return rng.normal(size=(int(np.prod(image.grid_thw)), 1176)).astype(np.float32)
 
 
 def encoded_prompt(config: ModelConfig, name: int, length: int, grids=()) -> EncodedPrompt:
-    """`length` text tokens with the pictures after the first of them."""
+    """`length` text tokens with the images after the first of them."""
     rng = np.random.default_rng(100 + name)
     tokens = list(rng.integers(0, 90, size=length))
     slots, inserted = [], []
@@ -87,15 +87,15 @@ def encoded_prompt(config: ModelConfig, name: int, length: int, grids=()) -> Enc
         inserted += [START, *[IMAGE] * count, END]
     tokens = np.asarray([*tokens[:1], *inserted, *tokens[1:]], np.int32)
     positions, following = prompt_positions(tokens, list(grids), config)
-    pictures = tuple(
-        Picture(np.full((g[1] * 14, g[2] * 14, 3), 10 * name + i, np.uint8), g) for i, g in enumerate(grids)
+    images = tuple(
+        Image(np.full((g[1] * 14, g[2] * 14, 3), 10 * name + i, np.uint8), g) for i, g in enumerate(grids)
     )
     prompt = Prompt([], None, f"prompt-{name}", "test", "test", name)
-    return EncodedPrompt(prompt, tokens, positions, pictures, np.asarray(slots, np.int32), following)
+    return EncodedPrompt(prompt, tokens, positions, images, np.asarray(slots, np.int32), following)
 
 
 def random_rollouts(config: ModelConfig, seed: int = 0) -> list[Rollout]:
-    """Groups of different sizes: text alone, one picture, two pictures of odd sizes; completions of 1 to 9 tokens."""
+    """Groups of different sizes: text alone, one image, two images of odd sizes; completions of 1 to 9 tokens."""
     rng = np.random.default_rng(seed)
     if config.vision is None:
         shapes = [(5, (), 3), (2, (), 2), (9, (), 4), (7, (), 2)]
@@ -129,9 +129,9 @@ def oracle_inputs(config: ModelConfig, rollouts: list[Rollout], length: int = 64
     sampler = np.zeros(shape, np.float32)
     vision, placed = None, {}
     if config.vision is not None:
-        pictures = {id(p): (patches_of(p), p.grid_thw) for r in rollouts for p in r.encoded.pictures}
-        vision, token_slots = pack_pictures(list(pictures.values()), config.vision, slots=64)
-        placed = dict(zip(pictures, token_slots, strict=True))
+        images = {id(p): (patches_of(p), p.grid_thw) for r in rollouts for p in r.encoded.images}
+        vision, token_slots = pack_images(list(images.values()), config.vision, slots=64)
+        placed = dict(zip(images, token_slots, strict=True))
     for row, (encoded, completion) in enumerate(pairs):
         p, n = encoded.token_ids.size, completion.token_ids.size
         tokens[row, : p + n] = np.concatenate([encoded.token_ids, completion.token_ids])
@@ -140,8 +140,8 @@ def oracle_inputs(config: ModelConfig, rollouts: list[Rollout], length: int = 64
         positions[:, row, p : p + n] = encoded.next_position + np.arange(n)
         taken[row, p : p + n] = True
         sampler[row, p : p + n] = completion.log_probs
-        if encoded.pictures:
-            slots[row, encoded.picture_slots] = np.concatenate([placed[id(p)] for p in encoded.pictures])
+        if encoded.images:
+            slots[row, encoded.image_slots] = np.concatenate([placed[id(p)] for p in encoded.images])
     return dict(
         tokens=tokens, segments=segments, slots=slots, positions=positions, taken=taken, sampler=sampler, vision=vision
     )  # fmt: skip
@@ -162,7 +162,7 @@ def drawn_by_another(net: Network, params, rollouts: list[Rollout], temperature:
 def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.0) -> jax.Array:
     """Policy log-probs `[completions, length]`, 0 where no completion token stands; dense, packing nothing."""
     model = net.bind(params)
-    features = None if inputs["vision"] is None else model.encode_pictures(inputs["vision"])
+    features = None if inputs["vision"] is None else model.encode_images(inputs["vision"])
     x = model.embed(inputs["tokens"], inputs["slots"], features)
     hidden = model.hidden(x, inputs["positions"], inputs["segments"], inputs["segments"])
     penalty = jnp.zeros(VOCABULARY).at[jnp.array(BANNED)].set(-jnp.inf)
@@ -215,7 +215,7 @@ def pack_by_hand(rollouts: list[Rollout], config: ModelConfig, *, rows: int, len
     batch = PackedBatch(
         tokens=int32(shape), segment_ids=int32(shape), prefix_ids=int32(shape),
         positions=int32((count, 3, rows, length)),
-        picture_slots=int32(shape, -1), source=int32(out), target=int32(out), mask=np.zeros(out, np.float32),
+        image_slots=int32(shape, -1), source=int32(out), target=int32(out), mask=np.zeros(out, np.float32),
         completion=int32(out, -1), advantages=np.zeros(out, np.float32), old_log_probs=np.zeros(out, np.float32),
         sampler_log_probs=np.zeros(out, np.float32), reference_log_probs=np.zeros(out, np.float32), vision=None,
         micro_batches=np.int32(count), tokens_total=np.float32(0), completions_total=np.float32(0),
@@ -245,25 +245,25 @@ def pack_by_hand(rollouts: list[Rollout], config: ModelConfig, *, rows: int, len
             end, out_end, number = end + n, out_end + n, number + 1
     return dataclasses.replace(
         batch,
-        vision=_pictures_by_hand(rollouts, config, batch.picture_slots, rows),
+        vision=_images_by_hand(rollouts, config, batch.image_slots, rows),
         tokens_total=batch.mask.sum(dtype=np.float32),
         completions_total=np.float32(number),
     )
 
 
-def _pictures_by_hand(rollouts, config, picture_slots, rows):
+def _images_by_hand(rollouts, config, image_slots, rows):
     if config.vision is None:
         return None
     batches = []
     for start in range(0, len(rollouts), rows):
         members = rollouts[start : start + rows]
-        pictures = [(patches_of(p), p.grid_thw) for r in members for p in r.encoded.pictures]
-        vision, token_slots = pack_pictures(pictures, config.vision, slots=64, rows=4)
+        images = [(patches_of(p), p.grid_thw) for r in members for p in r.encoded.images]
+        vision, token_slots = pack_images(images, config.vision, slots=64, rows=4)
         taken = 0
         for row, rollout in enumerate(members):
-            mine = token_slots[taken : taken + len(rollout.encoded.pictures)]
+            mine = token_slots[taken : taken + len(rollout.encoded.images)]
             taken += len(mine)
             if mine:
-                picture_slots[start // rows, row, rollout.encoded.picture_slots] = np.concatenate(mine)
+                image_slots[start // rows, row, rollout.encoded.image_slots] = np.concatenate(mine)
         batches.append(vision)
     return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)

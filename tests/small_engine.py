@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from lmmr1_jax.rollout.engines.protocol import (
+    EngineConfigError,
     EngineFailed,
     EngineInfo,
-    EngineUnfit,
     GroupRequest,
     RequestRefused,
     SampledCompletion,
@@ -37,7 +37,7 @@ class SmallEngine:
 
     async def built(self) -> EngineInfo:
         if self._fault == "unfit":
-            raise EngineUnfit("no engine of this kind")
+            raise EngineConfigError("no engine of this kind")
         if self._fault == "stillborn":
             raise EngineFailed("no room for a model")
         fault, _, file = self._fault.partition(" ")
@@ -74,8 +74,8 @@ class SmallEngine:
             for text in texts
         ]
 
-    async def begin_update(self, within: bool) -> None:
-        self._draining = not within
+    async def begin_update(self, in_flight: bool) -> None:
+        self._draining = not in_flight
         while self._draining and self._running:
             await asyncio.sleep(0.005)
         self._draining, self._updating, self._buckets = False, True, 0

@@ -19,14 +19,14 @@ def parser(name: str, description: str) -> Parser:
     flags.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     flags.add_argument("--data", required=True, metavar="FILE", help="JSON, JSONL or parquet of prompts")
     flags.add_argument("--out", required=True, metavar="FILE", help="file to write")
-    flags.add_argument("--message-key", default="message", help="key of the messages (default: message)")
-    flags.add_argument("--min-pixels", type=count, default=3136, help="smaller pictures are enlarged (default: 3136)")
+    flags.add_argument("--prompt-key", default="message", help="key of the messages (default: message)")
+    flags.add_argument("--min-pixels", type=count, default=3136, help="smaller images are enlarged (default: 3136)")
     flags.add_argument(
-        "--max-pixels", type=positive, default=1_003_520, help="larger pictures are reduced (default: 1003520)"
+        "--max-pixels", type=positive, default=1_003_520, help="larger images are reduced (default: 1003520)"
     )
     flags.add_argument("--max-prompt-tokens", type=positive, default=4096, help="longer prompts are refused (4096)")
-    flags.add_argument("--allow-http", action="store_true", help="fetch pictures from http(s) addresses")
-    flags.add_argument("--picture-root", default="", metavar="DIR", help="read pictures from below this folder only")
+    flags.add_argument("--allow-http", action="store_true", help="fetch images from http(s) addresses")
+    flags.add_argument("--image-root", default="", metavar="DIR", help="read images from below this folder only")
     flags.add_argument("--compute-dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     return flags
 
@@ -42,8 +42,8 @@ def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
     flags.add_argument("--top-k", type=count, default=0, help="sample from so many ids (default: 0, all)")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
-    flags.add_argument("--pictures", type=positive, default=8, help="most pictures of a prompt, with vllm (default: 8)")
-    flags.add_argument("--max-sequences", type=positive, default=256, help="completions at a time (default: 256)")
+    flags.add_argument("--max-images", type=positive, default=8, help="most images of a prompt, with vllm (default: 8)")
+    flags.add_argument("--max-num-seqs", type=positive, default=256, help="completions at a time (default: 256)")
 
 
 def open_processor(args: argparse.Namespace):
@@ -64,7 +64,7 @@ def open_processor(args: argparse.Namespace):
         max_pixels=args.max_pixels,
         max_prompt_tokens=args.max_prompt_tokens,
         allow_http=args.allow_http,
-        picture_root=args.picture_root or None,
+        image_root=args.image_root or None,
     )
 
 
@@ -106,7 +106,7 @@ def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
         end_ids=processor.end_ids,
         patches_of=processor.patches,
         mesh=mesh,
-        max_sequences=args.max_sequences,
+        max_num_seqs=args.max_num_seqs,
     )
     sampler.load(params)
     yield sampler
@@ -124,7 +124,7 @@ def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
         run=RunConfig(seed=args.seed),
         data=DataConfig(max_pixels=args.max_pixels, max_prompt_tokens=args.max_prompt_tokens),
         rollout=RolloutConfig(sampler="vllm", max_new_tokens=args.max_new_tokens),
-        vllm=VllmConfig(dtype=args.compute_dtype, max_sequences=args.max_sequences, pictures=args.pictures),
+        vllm=VllmConfig(dtype=args.compute_dtype, max_num_seqs=args.max_num_seqs, max_images=args.max_images),
     )
     if args.temperature and not in_vllms_range(args.temperature):
         raise UserError(f"--temperature is {args.temperature:g}; with --sampler vllm it must be 0 or {VLLMS_RANGE}")
@@ -150,7 +150,7 @@ def encoded_rows(args: argparse.Namespace, processor: Any) -> Iterator[tuple[int
                 {**row, "answer": None},  # no answer is needed here, and a strange one does no harm
                 number,
                 file=str(args.data),
-                message_key=args.message_key,
+                prompt_key=args.prompt_key,
                 special_tokens=processor.special_tokens,
             )
             yield number, row, processor.encode(prompt)

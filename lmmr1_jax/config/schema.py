@@ -26,7 +26,7 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     path: str = ""
-    """A Hugging Face folder; empty means the tiny Qwen2.5-VL that ships with the package."""
+    """A Hugging Face folder. `embedded:tiny`, or empty, is the tiny Qwen2.5-VL that ships with the package."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products: auto is bfloat16 on accelerators and float32 on CPUs. Master weights are float32."""
     freeze_vision: bool = False
@@ -36,8 +36,8 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     path: str = ""
-    """JSON, JSONL or parquet of prompts; empty means the generated pictures of coloured shapes."""
-    message_key: str = "message"
+    """JSON, JSONL or parquet of prompts. `embedded:shapes`, or empty, are generated images of coloured shapes."""
+    prompt_key: str = "message"
     """The key of the messages: a list, or the same list as a string."""
     answer_key: str = "answer"
     """The key of the gold answer."""
@@ -48,17 +48,17 @@ class DataConfig:
     shuffle: bool = True
     """Draw the prompts of an epoch in a random order (of `run.seed` and the epoch)."""
     min_pixels: int = 3136
-    """Pictures with fewer pixels are enlarged to this number."""
+    """Images with fewer pixels are enlarged to this number."""
     max_pixels: int = 1_003_520
-    """Pictures with more pixels are reduced to this number (1,280 picture tokens)."""
+    """Images with more pixels are reduced to this number (1,280 image tokens)."""
     max_prompt_tokens: int = 4096
-    """Longer prompts, picture tokens included, are skipped and counted."""
+    """Longer prompts, image tokens included, are skipped and counted."""
     allow_http: bool = False
-    """Fetch pictures from http(s) addresses."""
-    picture_root: str = ""
-    """When set, pictures may only be read from below this folder."""
+    """Fetch images from http(s) addresses."""
+    image_root: str = ""
+    """When set, images may only be read from below this folder."""
     workers: int = 2
-    """Threads that read and resize pictures."""
+    """Threads that read and resize images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class RolloutConfig:
     """`jax` samples on the learner's devices; `vllm` with engines of their own, see `vllm` and `ray`."""
     staleness: int = 0
     """Batches that engines sample ahead of the learner; 0 is strictly on-policy."""
-    update: Literal["between", "within"] = "between"
+    weight_update: Literal["drain", "in-flight"] = "drain"
     """With staleness: new weights wait until an engine's completions have ended, or reach it in their midst."""
     gap_warn: float = 0.02
     """Warn when the mean gap between the learner's and the sampler's log-probs is above this."""
@@ -85,7 +85,7 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VllmConfig:
-    engines: int = 1
+    num_engines: int = 1
     """Engines, each with the whole model."""
     tensor_parallel: int = 1
     """Devices of an engine, which share its weights."""
@@ -95,16 +95,16 @@ class VllmConfig:
     """CPU cores that an engine reserves; a CPU engine computes with as many threads."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and products; auto is bfloat16 on GPUs and float32 on CPUs."""
-    max_sequences: int = 256
+    max_num_seqs: int = 256
     """Completions that an engine samples at a time."""
-    memory_share: float = 0.9
+    gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that an engine takes, its weights included."""
     kv_cache_gib: float = 0.0
-    """Memory for keys and values, GiB; 0 takes what `memory_share` leaves on a GPU, and 1 on a CPU."""
-    eager: bool = False
+    """Memory for keys and values, GiB; 0 takes what `gpu_memory_utilization` leaves on a GPU, and 1 on a CPU."""
+    enforce_eager: bool = False
     """No CUDA graphs and no compilation: a faster start and slower sampling. Always so on a CPU."""
-    pictures: int = 8
-    """Pictures of one prompt, at most; prompts with more are skipped."""
+    max_images: int = 8
+    """Images of one prompt, at most; prompts with more are skipped."""
     transport: Literal["auto", "host", "nccl", "ipc"] = "auto"
     """How weights travel: `host` through Ray's object store, from any learner to any engine; `nccl` between GPUs,
     `ipc` within one; auto takes host."""
@@ -240,7 +240,7 @@ class AlgorithmConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CriticConfig:
-    """PPO's critic: a value for the state before every completion token, from the same tokens and pictures. What is not
+    """PPO's critic: a value for the state before every completion token, from the same tokens and images. What is not
     here (Adam's decays, weight decay, minibatches, ...) is the learner's."""
 
     backbone: Literal["own", "shared"] = "own"
@@ -295,7 +295,7 @@ class LearnerConfig:
     """Tokens in a row; 0 chooses from the longest prompt and the completion limit."""
     rows: int = 0
     """Rows in a micro-batch (a multiple of the devices that split them); 0 chooses."""
-    picture_rows: int = 0
+    image_rows: int = 0
     """Vision rows in a micro-batch; 0 chooses."""
     remat: Literal["none", "attention", "full"] = "attention"
     """What the backward pass recomputes: nothing, attention's inner products, or whole layers."""
@@ -343,8 +343,8 @@ class TrackingConfig:
     """The W&B project."""
     samples: int = 4
     """Prompts per step whose completions go to `samples.jsonl`."""
-    pictures_every: int = 20
-    """Steps between samples with pictures in TensorBoard."""
+    images_every: int = 20
+    """Steps between samples with images in TensorBoard."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Values that no run can use, refused before anything is loaded. What depends on the algorithm, the devices or the
-model's pictures is checked where these are known: in `algorithms.registry`, `parallel.sharding`, `data.processor`."""
+model's images is checked where these are known: in `algorithms.registry`, `parallel.sharding`, `data.processor`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _RANGES = (
         "at least 0",
         lambda value: value >= 0,
         "run.seed run.steps learner.learning_rate learner.weight_decay learner.row_length learner.rows "
-        "learner.picture_rows rollout.staleness vllm.kv_cache_gib vllm.pictures vllm.restarts eval.size eval.every "
-        "eval.max_new_tokens tracking.samples tracking.pictures_every algorithm.kl_coefficient algorithm.kl_target "
+        "learner.image_rows rollout.staleness vllm.kv_cache_gib vllm.max_images vllm.restarts eval.size eval.every "
+        "eval.max_new_tokens tracking.samples tracking.images_every algorithm.kl_coefficient algorithm.kl_target "
         "algorithm.entropy_bonus algorithm.overlong_penalty algorithm.clip_low algorithm.clip_high "
         "algorithm.dynamic_sampling_rounds critic.learning_rate critic.value_clip critic.loss_weight "
         "critic.freezing_actor_steps",
@@ -26,7 +26,7 @@ _RANGES = (
         "at least 1",
         lambda value: value >= 1,
         "data.epochs data.max_prompt_tokens data.workers rollout.prompts rollout.completions rollout.max_new_tokens "
-        "vllm.engines vllm.tensor_parallel vllm.cpus vllm.max_sequences vllm.bucket_mib "
+        "vllm.num_engines vllm.tensor_parallel vllm.cpus vllm.max_num_seqs vllm.bucket_mib "
         "rewards.workers rewards.function_workers rewards.url_tries learner.epochs learner.minibatches "
         "learner.logprob_chunk checkpoint.every checkpoint.keep algorithm.importance_cap algorithm.aggregation_length",
     ),
@@ -38,7 +38,7 @@ _RANGES = (
         "rewards.url_wait learner.adam_eps learner.max_grad_norm algorithm.kl_horizon algorithm.reward_clip "
         "critic.max_grad_norm",
     ),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.memory_share"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "vllm.gpu_memory_utilization"),
     (
         "from 0 to 1",
         lambda value: 0 <= value <= 1,
@@ -88,14 +88,16 @@ def _check_sampler(config: TrainConfig) -> None:
         raise UserError(
             f"rollout.temperature is {rollout.temperature!r}; with rollout.sampler vllm it must be {VLLMS_RANGE}"
         )
-    if rollout.update != RolloutConfig().update and not rollout.staleness:
-        raise UserError("rollout.update is set, but with rollout.staleness 0 nothing is being sampled during an update")
+    if rollout.weight_update != RolloutConfig().weight_update and not rollout.staleness:
+        raise UserError(
+            "rollout.weight_update is set, but with rollout.staleness 0 nothing is being sampled during an update"
+        )
     if vllm.colocate and rollout.staleness:
         raise UserError("vllm.colocate lets engines sleep while the learner works; rollout.staleness must be 0")
-    if vllm.colocate and vllm.memory_share > 0.8:
+    if vllm.colocate and vllm.gpu_memory_utilization > 0.8:
         raise UserError(
-            f"vllm.colocate leaves the learner what vllm.memory_share does not take of each GPU; {vllm.memory_share} "
-            "is too much, 0.4 is a start"
+            "vllm.colocate leaves the learner what vllm.gpu_memory_utilization does not take of each GPU; "
+            f"{vllm.gpu_memory_utilization} is too much, 0.4 is a start"
         )
     engine_arguments(vllm)
     if vllm.label and not all(vllm.label.partition("=")):

@@ -1,4 +1,4 @@
-"""Whether a second model (a reward model, a critic) can read the very tokens and pictures of the policy."""
+"""Whether a second model (a reward model, a critic) can read the very tokens and images of the policy."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from lmmr1_jax.data.model_folder import read_picture_format, read_tokenizer
-from lmmr1_jax.data.pictures import PictureFormat
+from lmmr1_jax.data.images import ImageFormat
+from lmmr1_jax.data.model_folder import read_image_format, read_tokenizer
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.runtime.errors import UserError
 
 
-def check_fit(folder: str | Path, policy: Processor) -> PictureFormat | None:
-    """How the reward model (or critic) in `folder` takes the policy's pictures; None where one of the two takes none.
+def check_fit(folder: str | Path, policy: Processor) -> ImageFormat | None:
+    """How the reward model (or critic) in `folder` takes the policy's images; None where one of the two takes none.
 
     Raises:
-      UserError: another tokenizer, too small a table, or pictures of other patches than the policy's.
+      UserError: another tokenizer, too small a table, or images of other patches than the policy's.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -28,8 +28,8 @@ def check_fit(folder: str | Path, policy: Processor) -> PictureFormat | None:
         raise UserError(f"{folder}: the model has {size} embeddings (vocab_size), its tokenizer tokens up to {last}")
     if config.vision is None or policy.config.vision is None:
         return None
-    _check_pictures(folder, config, policy.config)
-    return read_picture_format(folder, config, policy.format.min_pixels, policy.format.max_pixels)
+    _check_images(folder, config, policy.config)
+    return read_image_format(folder, config, policy.format.min_pixels, policy.format.max_pixels)
 
 
 def _check_vocabulary(folder: Path, own: Mapping[str, int], policys: Mapping[str, int]) -> None:
@@ -44,7 +44,7 @@ def _check_vocabulary(folder: Path, own: Mapping[str, int], policys: Mapping[str
     )
 
 
-def _check_pictures(folder: Path, config: ModelConfig, policy: ModelConfig) -> None:
+def _check_images(folder: Path, config: ModelConfig, policy: ModelConfig) -> None:
     if config.image_token_id != policy.image_token_id:
         raise UserError(
             f"{folder}: image_token_id is {config.image_token_id}, the policy's is {policy.image_token_id}"
@@ -52,4 +52,4 @@ def _check_pictures(folder: Path, config: ModelConfig, policy: ModelConfig) -> N
     for field in ("patch_size", "temporal_patch_size", "spatial_merge_size"):
         own, wanted = getattr(config.vision, field), getattr(policy.vision, field)
         if own != wanted:
-            raise UserError(f"{folder}: its {field} is {own}, the policy's is {wanted}; pictures would be other tokens")
+            raise UserError(f"{folder}: its {field} is {own}, the policy's is {wanted}; images would be other tokens")

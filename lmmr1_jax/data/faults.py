@@ -7,13 +7,13 @@ NO_MESSAGE = "no_message"
 NO_ANSWER = "no_answer"
 UNPARSABLE_ANSWER = "unparsable_answer"
 SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
-MISSING_PICTURE = "missing_picture"
-BROKEN_PICTURE = "broken_picture"
-EXTREME_PICTURE = "extreme_picture"
+MISSING_IMAGE = "missing_image"
+BROKEN_IMAGE = "broken_image"
+EXTREME_IMAGE = "extreme_image"
 FORBIDDEN_PATH = "forbidden_path"
 PROMPT_TOO_LONG = "prompt_too_long"
-PICTURE_IN_TEXT_MODEL = "picture_in_text_model"
-TOO_MANY_PICTURES = "too_many_pictures"
+IMAGE_IN_TEXT_MODEL = "image_in_text_model"
+TOO_MANY_IMAGES = "too_many_images"
 
 REASONS = (
     BAD_JSON,
@@ -21,13 +21,13 @@ REASONS = (
     NO_ANSWER,
     UNPARSABLE_ANSWER,
     SPECIAL_TOKEN_IN_TEXT,
-    MISSING_PICTURE,
-    BROKEN_PICTURE,
-    EXTREME_PICTURE,
+    MISSING_IMAGE,
+    BROKEN_IMAGE,
+    EXTREME_IMAGE,
     FORBIDDEN_PATH,
     PROMPT_TOO_LONG,
-    PICTURE_IN_TEXT_MODEL,
-    TOO_MANY_PICTURES,
+    IMAGE_IN_TEXT_MODEL,
+    TOO_MANY_IMAGES,
 )
 
 
@@ -47,5 +47,5 @@ class SkipPrompt(Exception):
         super().__init__(f"{reason}: {self.detail}")
 
 
-class PictureFault(SkipPrompt):
-    """A picture that cannot be had or cannot be used; its prompt is skipped."""
+class ImageFault(SkipPrompt):
+    """An image that cannot be had or cannot be used; its prompt is skipped."""

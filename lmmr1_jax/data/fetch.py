@@ -1,4 +1,4 @@
-"""Where a picture's bytes come from: relative and absolute paths, `file://`, `data:` URIs, and http(s) when allowed."""
+"""Where an image's bytes come from: relative and absolute paths, `file://`, `data:` URIs, and http(s) when allowed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
-from lmmr1_jax.data.faults import BROKEN_PICTURE, FORBIDDEN_PATH, MISSING_PICTURE, PictureFault
+from lmmr1_jax.data.faults import BROKEN_IMAGE, FORBIDDEN_PATH, MISSING_IMAGE, ImageFault
 
-_SHOWN = 120  # characters of an address in a message: a data: URI is as long as its picture
+_SHOWN = 120  # characters of an address in a message: a data: URI is as long as its image
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchPolicy:
-    """From where pictures may come.
+    """From where images may come.
 
     Attributes:
       root: files are read only from below this folder, symbolic links followed first; None reads any file.
@@ -36,7 +36,7 @@ class FetchPolicy:
 
 
 def open_reference(reference: str, base: Path, policy: FetchPolicy) -> IO[bytes]:
-    """Opens what a picture's address names; the caller closes it.
+    """Opens what an image's address names; the caller closes it.
 
     Args:
       reference: the address as the prompt has it.
@@ -44,7 +44,7 @@ def open_reference(reference: str, base: Path, policy: FetchPolicy) -> IO[bytes]
       policy: what is allowed.
 
     Raises:
-      PictureFault: `missing_picture`, `broken_picture` (a data: URI that cannot be decoded) or `forbidden_path`.
+      ImageFault: `missing_image`, `broken_image` (a data: URI that cannot be decoded) or `forbidden_path`.
     """
     scheme, colon, rest = reference.partition(":")
     scheme = scheme.lower() if colon and scheme.isalnum() and len(scheme) > 1 else ""
@@ -52,12 +52,12 @@ def open_reference(reference: str, base: Path, policy: FetchPolicy) -> IO[bytes]
         return io.BytesIO(_data_uri(rest))
     if scheme in ("http", "https"):
         if not policy.allow_http:
-            raise PictureFault(FORBIDDEN_PATH, f"{shown(reference)}: http(s) is not allowed (data.allow_http)")
+            raise ImageFault(FORBIDDEN_PATH, f"{shown(reference)}: http(s) is not allowed (data.allow_http)")
         return io.BytesIO(_http(reference, policy))
     if scheme == "file":
         path = _file_uri(reference)
     elif scheme and rest.startswith("//"):
-        raise PictureFault(FORBIDDEN_PATH, f"{shown(reference)}: no picture is read from {scheme}: addresses")
+        raise ImageFault(FORBIDDEN_PATH, f"{shown(reference)}: no image is read from {scheme}: addresses")
     else:
         path = Path(reference)
     return _open_file(reference, base / path, policy)
@@ -71,7 +71,7 @@ def shown(reference: str) -> str:
 def _file_uri(reference: str) -> Path:
     parts = urllib.parse.urlsplit(reference)
     if parts.netloc not in ("", "localhost"):
-        raise PictureFault(FORBIDDEN_PATH, f"{shown(reference)}: a file on another host")
+        raise ImageFault(FORBIDDEN_PATH, f"{shown(reference)}: a file on another host")
     # Not `parts.path`: unquoted '?' and '#' are common in file names that were never meant as URIs.
     path = reference[len("file:") :]
     if path.startswith("//"):
@@ -91,13 +91,13 @@ def _open_file(reference: str, path: Path, policy: FetchPolicy) -> IO[bytes]:
     try:
         resolved = path.resolve()
         if policy.root is not None and not resolved.is_relative_to(policy.root.resolve()):
-            raise PictureFault(FORBIDDEN_PATH, f"{shown(reference)}: outside {policy.root} (data.picture_root)")
+            raise ImageFault(FORBIDDEN_PATH, f"{shown(reference)}: outside {policy.root} (data.image_root)")
         if not resolved.is_file():  # a pipe or a device would be read for ever
-            raise PictureFault(MISSING_PICTURE, f"{shown(reference)}: no such file")
+            raise ImageFault(MISSING_IMAGE, f"{shown(reference)}: no such file")
         return open(resolved, "rb")
     except (OSError, ValueError, RuntimeError) as error:  # unreadable; a NUL in the path; a loop of links
         cause = getattr(error, "strerror", None) or error
-        raise PictureFault(MISSING_PICTURE, f"{shown(reference)}: {cause}") from None
+        raise ImageFault(MISSING_IMAGE, f"{shown(reference)}: {cause}") from None
 
 
 def _data_uri(rest: str) -> bytes:
@@ -111,7 +111,7 @@ def _data_uri(rest: str) -> bytes:
         body = b"".join(body.split()).replace(b"-", b"+").replace(b"_", b"/")
         return base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
     except (ValueError, binascii.Error) as error:
-        raise PictureFault(BROKEN_PICTURE, f"data:{shown(head)}: the URI cannot be decoded: {error}") from None
+        raise ImageFault(BROKEN_IMAGE, f"data:{shown(head)}: the URI cannot be decoded: {error}") from None
 
 
 def _http(reference: str, policy: FetchPolicy) -> bytes:
@@ -135,11 +135,11 @@ def _http(reference: str, policy: FetchPolicy) -> bytes:
             while chunk := response.read1(1 << 16):
                 body += chunk
                 if len(body) > policy.http_bytes:
-                    raise PictureFault(MISSING_PICTURE, f"{shown(reference)}: more than {policy.http_bytes} bytes")
+                    raise ImageFault(MISSING_IMAGE, f"{shown(reference)}: more than {policy.http_bytes} bytes")
                 if time.monotonic() > deadline:
-                    raise PictureFault(MISSING_PICTURE, f"{shown(reference)}: over {policy.http_seconds:g} seconds")
+                    raise ImageFault(MISSING_IMAGE, f"{shown(reference)}: over {policy.http_seconds:g} seconds")
             return bytes(body)
-    except PictureFault:
+    except ImageFault:
         raise
     except Exception as error:  # urllib lets through whatever sockets, TLS and http.client raise
-        raise PictureFault(MISSING_PICTURE, f"{shown(reference)}: {error}") from None
+        raise ImageFault(MISSING_IMAGE, f"{shown(reference)}: {error}") from None

@@ -4,8 +4,8 @@
      "answer": "$3$"}
 
 The messages are OpenAI-style, a list or the same list as a JSON string. They leave here with `content` a string, or,
-where there are pictures, a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": REFERENCE}` in the
-row's own order. Pixel limits written into a picture's entry are ignored: the config decides them for all.
+where there are images, a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": REFERENCE}` in the
+row's own order. Pixel limits written into an image's entry are ignored: the config decides them for all.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def refuse_special_tokens(messages: Sequence[Message], special_tokens: Iterable[
             raise SkipPrompt(SPECIAL_TOKEN_IN_TEXT, f"the text holds the special token {token}")
 
 
-def picture_references(messages: Sequence[Message]) -> list[str]:
-    """Addresses of the pictures, in order of appearance."""
+def image_references(messages: Sequence[Message]) -> list[str]:
+    """Addresses of the images, in order of appearance."""
     return [
         part["image"]
         for message in messages

@@ -1,4 +1,4 @@
-"""What a model's folder says beside its weights: tokenizer, chat template, end tokens, how pictures are normalised."""
+"""What a model's folder says beside its weights: tokenizer, chat template, end tokens, how images are normalised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lmmr1_jax.data.pictures import PictureFormat
+from lmmr1_jax.data.images import ImageFormat
 from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.runtime.errors import UserError
 
@@ -66,16 +66,16 @@ def read_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     raise UserError(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
 
 
-def read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> PictureFormat:
+def read_image_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> ImageFormat:
     """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller.
 
     Raises:
-      UserError: it cuts pictures into other patches than the model's, or the limits make no sense.
+      UserError: it cuts images into other patches than the model's, or the limits make no sense.
     """
     raw = read_json(folder / "preprocessor_config.json")
     raw = raw or read_json(folder / "processor_config.json").get("image_processor") or {}
-    defaults, vision = PictureFormat(), config.vision
-    form = PictureFormat(
+    defaults, vision = ImageFormat(), config.vision
+    form = ImageFormat(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
         patch_size=vision.patch_size,
@@ -89,7 +89,7 @@ def read_picture_format(folder: Path, config: ModelConfig, min_pixels: int, max_
         if raw.get(name, getattr(form, name)) != getattr(form, name):
             raise UserError(f"{folder}: preprocessor_config.json has another {name} than config.json")
     if not form.factor**2 <= max_pixels:
-        raise UserError(f"data.max_pixels {max_pixels} must be at least {form.factor**2}, one picture token")
+        raise UserError(f"data.max_pixels {max_pixels} must be at least {form.factor**2}, one image token")
     if not 0 <= min_pixels <= max_pixels:
         raise UserError(f"data.min_pixels {min_pixels} must be between 0 and data.max_pixels {max_pixels}")
     return form

@@ -1,8 +1,8 @@
-"""The only place where text becomes tokens and pictures become patches, for both samplers and the learner.
+"""The only place where text becomes tokens and images become patches, for both samplers and the learner.
 
     processor = Processor(folder, max_pixels=1_003_520)
-    encoded = processor.encode(prompt)              # tokens, positions, pictures
-    patches = processor.patches(encoded.pictures[0])    # float32 [n, 1176]
+    encoded = processor.encode(prompt)              # tokens, positions, images
+    patches = processor.patches(encoded.images[0])    # float32 [n, 1176]
 
 Everything comes from the model's folder: tokenizer, chat template, normalisation, end tokens. Code in the folder is
 never run.
@@ -16,24 +16,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float, Int
-from PIL import Image
 
 from lmmr1_jax.data.faults import (
+    IMAGE_IN_TEXT_MODEL,
     NO_MESSAGE,
-    PICTURE_IN_TEXT_MODEL,
     PROMPT_TOO_LONG,
-    TOO_MANY_PICTURES,
+    TOO_MANY_IMAGES,
     SkipPrompt,
 )
 from lmmr1_jax.data.fetch import FetchPolicy
-from lmmr1_jax.data.messages import Message, picture_references, refuse_special_tokens
-from lmmr1_jax.data.model_folder import read_chat_template, read_end_ids, read_picture_format, read_tokenizer
-from lmmr1_jax.data.pictures import load_picture, patchify
+from lmmr1_jax.data.images import load_image, patchify
+from lmmr1_jax.data.messages import Message, image_references, refuse_special_tokens
+from lmmr1_jax.data.model_folder import read_chat_template, read_end_ids, read_image_format, read_tokenizer
 from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
+from lmmr1_jax.types.records import EncodedPrompt, Image, Prompt
 
 BANNED_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -47,8 +47,8 @@ class Processor:
       banned_ids: ids that are never sampled, ascending.
       end_ids: ids that end a completion.
       special_tokens: strings that no prompt's text may hold.
-      format: how pictures are sized and normalised; None for a model without vision.
-      max_prompt_tokens, max_pictures: prompts with more are skipped; samplers lower these limits to their own.
+      format: how images are sized and normalised; None for a model without vision.
+      max_prompt_tokens, max_images: prompts with more are skipped; samplers lower these limits to their own.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Processor:
         max_pixels: int = 1_003_520,
         max_prompt_tokens: int = 4096,
         allow_http: bool = False,
-        picture_root: str | Path | None = None,
+        image_root: str | Path | None = None,
     ):
-        """Reads the folder. An empty `picture_root` means that pictures may be read from anywhere.
+        """Reads the folder. An empty `image_root` means that images may be read from anywhere.
 
         Raises:
           UserError: a file of the folder is missing or broken, or a limit makes no sense.
@@ -72,7 +72,7 @@ class Processor:
         self._template = read_chat_template(folder, self.tokenizer)
         self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
         self.max_prompt_tokens = max_prompt_tokens
-        self.max_pictures: int | None = None
+        self.max_images: int | None = None
         vocabulary = self.tokenizer.get_vocab()
         self.banned_ids = tuple(sorted(vocabulary[token] for token in BANNED_TOKENS if token in vocabulary))
         self.end_ids = read_end_ids(folder, self.tokenizer)
@@ -83,52 +83,52 @@ class Processor:
         if self.config.vision is not None:
             if vocabulary.get("<|image_pad|>") != self._image_id:
                 raise UserError(f"{folder}: the tokenizer's <|image_pad|> is not the config's image_token_id")
-            self.format = read_picture_format(folder, self.config, min_pixels, max_pixels)
-        root = Path(picture_root) if picture_root else None
+            self.format = read_image_format(folder, self.config, min_pixels, max_pixels)
+        root = Path(image_root) if image_root else None
         if root is not None and not root.is_dir():
-            raise UserError(f"data.picture_root: {root} is not a folder")
+            raise UserError(f"data.image_root: {root} is not a folder")
         self._policy = FetchPolicy(root=root, allow_http=allow_http)
-        # PIL warns about pictures of more than 89 million pixels; they are refused from 64 million on.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # PIL warns about images of more than 89 million pixels; they are refused from 64 million on.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """The prompt as the models see it, its pictures fetched.
+        """The prompt as the models see it, its images fetched.
 
         Raises:
-          SkipPrompt: it cannot be used; a `PictureFault` where a picture is the cause.
+          SkipPrompt: it cannot be used; a `ImageFault` where an image is the cause.
         """
         refuse_special_tokens(prompt.messages, self.special_tokens)
-        references = picture_references(prompt.messages)
+        references = image_references(prompt.messages)
         if references and self.format is None:
-            raise SkipPrompt(PICTURE_IN_TEXT_MODEL, f"the model ({self.config.model_type}) takes no pictures")
-        if self.max_pictures is not None and len(references) > self.max_pictures:
-            raise SkipPrompt(TOO_MANY_PICTURES, f"{len(references)} pictures, the sampler takes {self.max_pictures}")
+            raise SkipPrompt(IMAGE_IN_TEXT_MODEL, f"the model ({self.config.model_type}) takes no images")
+        if self.max_images is not None and len(references) > self.max_images:
+            raise SkipPrompt(TOO_MANY_IMAGES, f"{len(references)} images, the sampler takes {self.max_images}")
         ids = self._template_ids(prompt.messages)
         at = np.flatnonzero(ids == self._image_id) if references else np.zeros(0, np.int64)
         if len(at) != len(references):
-            raise UserError(f"the chat template gives {len(at)} places for {len(references)} pictures")
-        self._refuse_length(len(ids))  # before any picture is fetched
+            raise UserError(f"the chat template gives {len(at)} places for {len(references)} images")
+        self._refuse_length(len(ids))  # before any image is fetched
         base = Path(prompt.file).parent
-        pictures = tuple(load_picture(reference, base, self._policy, self.format) for reference in references)
-        merged = [int(np.prod(p.grid_thw)) // self.format.merge_size**2 for p in pictures]
+        images = tuple(load_image(reference, base, self._policy, self.format) for reference in references)
+        merged = [int(np.prod(p.grid_thw)) // self.format.merge_size**2 for p in images]
         self._refuse_length(len(ids) + sum(merged) - len(merged))
         repeats = np.ones(len(ids), np.int64)
         repeats[at] = merged
         ids = np.repeat(ids, repeats).astype(np.int32)
-        positions, next_position = prompt_positions(ids, [p.grid_thw for p in pictures], self.config)
+        positions, next_position = prompt_positions(ids, [p.grid_thw for p in images], self.config)
         slots = np.flatnonzero(ids == self._image_id) if references else np.zeros(0, np.int64)
         return EncodedPrompt(
             prompt=prompt,
             token_ids=ids,
             positions=positions.astype(np.int32),
-            pictures=pictures,
-            picture_slots=slots.astype(np.int32),
+            images=images,
+            image_slots=slots.astype(np.int32),
             next_position=int(next_position),
         )
 
-    def patches(self, picture: Picture) -> Float[np.ndarray, "patches values"]:
-        """The picture's normalised patches, float32 `[n, 1176]`, in Hugging Face's order."""
-        return patchify(picture.pixels, self.format)
+    def patches(self, image: Image) -> Float[np.ndarray, "patches values"]:
+        """The image's normalised patches, float32 `[n, 1176]`, in Hugging Face's order."""
+        return patchify(image.pixels, self.format)
 
     def encode_text(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Token ids of a text as it stands, int32, nothing added."""

@@ -15,7 +15,7 @@ from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import EncodedPrompt, Prompt
 
 
-class PromptFeeder:
+class PromptLoader:
     """Takes prompts from a cursor, encodes them in threads, gives them out in the cursor's order.
 
     What has been prepared but not taken does not count: `state` is the cursor's position behind the last row that was
@@ -23,7 +23,7 @@ class PromptFeeder:
 
     Attributes:
       used: prompts given out.
-      animated: animated pictures among them, of which the first frame was used.
+      animated: animated images among them, of which the first frame was used.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PromptFeeder:
                 taken.append(encoded)
                 skipped_in_a_row = 0
                 self.used += 1
-                self.animated += sum(picture.animated for picture in encoded.pictures)
+                self.animated += sum(image.animated for image in encoded.images)
             self._position = position
         if self._pool is not None:
             self._fill()  # the next batch is prepared while this one is trained on

@@ -1,6 +1,6 @@
 """Prompt files (JSON, JSONL, parquet) as a list of whole prompts, and the cursor that walks over them.
 
-What is wrong with a row's text is found here, when the file is read; what is wrong with a picture is found when the
+What is wrong with a row's text is found here, when the file is read; what is wrong with an image is found when the
 processor fetches it.
 """
 
@@ -25,7 +25,7 @@ HOLDOUT_ROWS, HOLDOUT_SHARE = 256, 10  # the last min(256, 10 %) rows
 def read_prompts(
     path: str | Path,
     *,
-    message_key: str = "message",
+    prompt_key: str = "message",
     answer_key: str = "answer",
     need_answer: bool = True,
     verifier_key: str = "verifier",
@@ -36,7 +36,7 @@ def read_prompts(
 
     Args:
       path: a .json (list of objects), .jsonl or .parquet file.
-      message_key: the row's key of the messages.
+      prompt_key: the row's key of the messages.
       answer_key: the row's key of the gold answer.
       need_answer: skip rows without an answer.
       verifier_key: the row's key of its verifier's name.
@@ -51,7 +51,7 @@ def read_prompts(
     prompts = prompts_from_rows(
         rows,
         file=str(path),
-        message_key=message_key,
+        prompt_key=prompt_key,
         answer_key=answer_key,
         need_answer=need_answer,
         verifier_key=verifier_key,
@@ -68,7 +68,7 @@ def prompts_from_rows(
     rows: Iterable[tuple[int, dict[str, Any] | SkipPrompt]],
     *,
     file: str,
-    message_key: str = "message",
+    prompt_key: str = "message",
     answer_key: str = "answer",
     need_answer: bool = True,
     verifier_key: str = "verifier",
@@ -77,7 +77,7 @@ def prompts_from_rows(
 ) -> list[Prompt]:
     """Prompts of numbered rows, wherever they come from (`enumerate(...)` of objects made in memory, or `read_rows`).
 
-    Args as for `read_prompts`; `file` names the source and gives relative picture paths their folder.
+    Args as for `read_prompts`; `file` names the source and gives relative image paths their folder.
     """
     prompts: list[Prompt] = []
     names: set[str] = set()
@@ -89,7 +89,7 @@ def prompts_from_rows(
                 row,
                 number,
                 file=file,
-                message_key=message_key,
+                prompt_key=prompt_key,
                 answer_key=answer_key,
                 verifier_key=verifier_key,
                 special_tokens=special_tokens,
@@ -111,7 +111,7 @@ def prompt_from_row(
     number: int,
     *,
     file: str,
-    message_key: str = "message",
+    prompt_key: str = "message",
     answer_key: str = "answer",
     verifier_key: str = "verifier",
     special_tokens: Sequence[str] = (),
@@ -121,9 +121,9 @@ def prompt_from_row(
     Raises:
       SkipPrompt: the row's messages or answer cannot be used.
     """
-    if row.get(message_key) is None:
-        raise SkipPrompt(NO_MESSAGE, f"the row has no {message_key!r}")
-    messages = parse_messages(row[message_key])
+    if row.get(prompt_key) is None:
+        raise SkipPrompt(NO_MESSAGE, f"the row has no {prompt_key!r}")
+    messages = parse_messages(row[prompt_key])
     refuse_special_tokens(messages, special_tokens)
     source, name = row.get("data_source"), row.get("id")
     return Prompt(

@@ -1,4 +1,4 @@
-"""The critic: a value for the state before every completion token, from the tokens and the pictures before it.
+"""The critic: a value for the state before every completion token, from the tokens and the images before it.
 
 It is a vector [D] and the hidden states that it is multiplied with: the policy's own, or those of a second model
 without a head of logits. Its parameters are a tree like the policy's:

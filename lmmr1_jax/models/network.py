@@ -58,23 +58,23 @@ class Transformer(nnx.Module):
         self.remat = remat
         self.constrain = constrain
 
-    def encode_pictures(self, vision: VisionBatch) -> Float[Array, "rows tokens embed"]:
-        """Merged picture tokens in slot order, `slots // merge_unit` a row; meaningless where slots are padding."""
+    def encode_images(self, vision: VisionBatch) -> Float[Array, "rows tokens embed"]:
+        """Merged image tokens in slot order, `slots // merge_unit` a row; meaningless where slots are padding."""
         return self.vision(vision, self._checkpointed)
 
     def embed(
         self,
         tokens: Int[Array, "rows time"],
-        picture_slots: Int[Array, "rows time"] | None = None,
-        picture_features: Float[Array, "vision_rows tokens embed"] | None = None,
+        image_slots: Int[Array, "rows time"] | None = None,
+        image_features: Float[Array, "vision_rows tokens embed"] | None = None,
     ) -> Float[Array, "rows time embed"]:
-        """Embeddings of tokens; where `picture_slots` is not negative, that row of the flattened features instead."""
+        """Embeddings of tokens; where `image_slots` is not negative, that row of the flattened features instead."""
         # Gathered before the cast: the table is large, the gathered rows are few.
         x = jnp.take(self.language.embed.embedding[...], tokens, axis=0, mode="clip").astype(self.dtype)
-        if picture_features is not None:
-            features = picture_features.reshape(-1, picture_features.shape[-1])
-            placed = jnp.take(features, jnp.maximum(picture_slots, 0), axis=0, mode="clip")
-            x = jnp.where(picture_slots[..., None] >= 0, placed.astype(self.dtype), x)
+        if image_features is not None:
+            features = image_features.reshape(-1, image_features.shape[-1])
+            placed = jnp.take(features, jnp.maximum(image_slots, 0), axis=0, mode="clip")
+            x = jnp.where(image_slots[..., None] >= 0, placed.astype(self.dtype), x)
         return self.constrain(x, ACTIVATION_AXES)
 
     def rope(self, positions: Int[Array, "3 *batch"]) -> Rope:

@@ -42,9 +42,9 @@ def micro_batch(batch: PackedBatch, index: Int[Array, ""]) -> PackedBatch:
 
 
 def hidden_states(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
-    """Final hidden states of a micro-batch's rows, pictures in their places; `model` is a bound `Transformer`."""
-    features = None if micro.vision is None else _picture_features(model, micro.vision, mesh)
-    embedded = constrain_rows(model.embed(micro.tokens, micro.picture_slots, features), mesh)
+    """Final hidden states of a micro-batch's rows, images in their places; `model` is a bound `Transformer`."""
+    features = None if micro.vision is None else _image_features(model, micro.vision, mesh)
+    embedded = constrain_rows(model.embed(micro.tokens, micro.image_slots, features), mesh)
     return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
 
 
@@ -88,10 +88,10 @@ def response_log_probs(
     return log_probs_of(model, response_hidden(model, micro, mesh), micro, policy, mesh)
 
 
-def _picture_features(model: Any, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:
-    # A micro-batch of text in a run with pictures has vision rows too, empty ones: the tower is not run for them.
+def _image_features(model: Any, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:
+    # A micro-batch of text in a run with images has vision rows too, empty ones: the tower is not run for them.
     def encode(vision: VisionBatch):
-        return constrain_rows(model.encode_pictures(vision), mesh)
+        return constrain_rows(model.encode_images(vision), mesh)
 
     shape = jax.eval_shape(encode, vision)
     return jax.lax.cond(jnp.any(vision.segment_ids > 0), encode, lambda _: jnp.zeros(shape.shape, shape.dtype), vision)

@@ -1,7 +1,7 @@
 """Positions of a prompt's tokens for the rotary embedding, in NumPy.
 
-Text counts on in all three rows (temporal, height, width). A picture's merged tokens all begin at the position that
-the text has reached, and spread from there over their grid; the text after it goes on behind the picture's longer
+Text counts on in all three rows (temporal, height, width). An image's merged tokens all begin at the position that
+the text has reached, and spread from there over their grid; the text after it goes on behind the image's longer
 side. The formula is transformers' `get_rope_index`.
 """
 
@@ -25,8 +25,8 @@ def prompt_positions(
     """Positions of a sequence and the position at which it goes on.
 
     Args:
-      token_ids: the prompt with every picture and video expanded to its number of tokens.
-      grids: patches in time, height and width of each picture and video, in order of appearance.
+      token_ids: the prompt with every image and video expanded to its number of tokens.
+      grids: patches in time, height and width of each image and video, in order of appearance.
       config: of the model; without vision all three rows count 0, 1, 2, ...
       second_per_grid_ts: seconds between two temporal patches, one number per video (1 when None). Only
         Qwen2.5-VL reads it; Qwen2-VL counts temporal patches.
@@ -40,7 +40,7 @@ def prompt_positions(
     token_ids = np.asarray(token_ids)
     if config.vision is None:
         if len(grids):
-            raise ValueError("a model without vision takes no pictures")
+            raise ValueError("a model without vision takes no images")
         return np.tile(np.arange(len(token_ids), dtype=np.int32), (3, 1)), len(token_ids)
     merge = config.vision.spatial_merge_size
     is_vision = (token_ids == config.image_token_id) | (token_ids == config.video_token_id)
@@ -49,7 +49,7 @@ def prompt_positions(
     for t, h, w in ((int(n) for n in grid) for grid in grids):
         following = np.flatnonzero(is_vision[at:])
         if len(following) == 0:
-            raise ValueError(f"{len(grids)} grids, but fewer pictures among the tokens")
+            raise ValueError(f"{len(grids)} grids, but fewer images among the tokens")
         text = int(following[0])
         positions[:, at : at + text] = position + np.arange(text)
         at, position = at + text, position + text
@@ -57,7 +57,7 @@ def prompt_positions(
         kind, rows, columns = token_ids[at], h // merge, w // merge
         count = t * rows * columns
         if len(token_ids) < at + count or (token_ids[at : at + count] != kind).any():
-            raise ValueError(f"the grid {(t, h, w)} needs {count} picture tokens from token {at} on")
+            raise ValueError(f"the grid {(t, h, w)} needs {count} image tokens from token {at} on")
         interval = 1.0
         if kind == config.video_token_id:
             if config.vision.kind == "qwen2_5_vl":
@@ -69,7 +69,7 @@ def prompt_positions(
         positions[:, at : at + count] = position + np.stack(spread).reshape(3, count)
         at, position = at + count, position + max(rows, columns)
     if is_vision[at:].any():
-        raise ValueError(f"more picture tokens than the {len(grids)} grids need")
+        raise ValueError(f"more image tokens than the {len(grids)} grids need")
     rest = len(token_ids) - at
     positions[:, at:] = position + np.arange(rest)
     return positions, position + rest

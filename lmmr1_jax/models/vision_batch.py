@@ -1,15 +1,15 @@
-"""Pictures into vision rows of fixed length, in NumPy: all of a picture's geometry becomes data.
+"""Images into vision rows of fixed length, in NumPy: all of an image's geometry becomes data.
 
 Slots stand window by window (Qwen2.5-VL) and every window is padded to its full number of patches, so that window
 attention is a batched product of fixed shape. Inside a window stand merge units of (usually) four patches, row by
 row, each at its own place in the window:
 
-    a picture of 3 x 5 merged tokens, windows of 4 x 4:   window 0   a b c d      window 1   e . . .
+    an image of 3 x 5 merged tokens, windows of 4 x 4:   window 0   a b c d      window 1   e . . .
                                                                      f g h i                 j . . .
                                                                      k l m n                 o . . .
                                                                      . . . .                 . . . .
 
-Without windows (Qwen2-VL) a picture's units simply follow each other. A video is a picture of several frames; a
+Without windows (Qwen2-VL) an image's units simply follow each other. A video is an image of several frames; a
 frame is an attention segment of its own, as in transformers.
 """
 
@@ -27,7 +27,7 @@ Grid = tuple[int, int, int]
 
 
 def slots_needed(grid_thw: Grid, config: VisionConfig) -> int:
-    """Slots that a picture takes in a vision row, padding of its border windows included."""
+    """Slots that an image takes in a vision row, padding of its border windows included."""
     t, h, w = (int(n) for n in grid_thw)
     if not config.window_tokens:
         return t * h * w
@@ -36,7 +36,7 @@ def slots_needed(grid_thw: Grid, config: VisionConfig) -> int:
 
 
 def unit_places(grid_thw: Grid, config: VisionConfig) -> Int[np.ndarray, " units"]:
-    """For each merged token of a picture, in Hugging Face's order, the merge unit among the picture's slots."""
+    """For each merged token of an image, in Hugging Face's order, the merge unit among the image's slots."""
     t, h, w = (int(n) for n in grid_thw)
     rows, columns = h // config.spatial_merge_size, w // config.spatial_merge_size
     side = config.window_tokens
@@ -57,36 +57,36 @@ def patch_coordinates(grid_thw: Grid, config: VisionConfig) -> Int[np.ndarray, "
     return np.tile(frame, (t, 1))
 
 
-def pack_pictures(
-    pictures: Sequence[tuple[Float[np.ndarray, "patches values"], Grid]],
+def pack_images(
+    images: Sequence[tuple[Float[np.ndarray, "patches values"], Grid]],
     config: VisionConfig,
     *,
     slots: int,
     rows: int | None = None,
 ) -> tuple[VisionBatch, list[Int[np.ndarray, " tokens"]]]:
-    """Place whole pictures into rows of `slots` slots, each into the first row with room, in the order given.
+    """Place whole images into rows of `slots` slots, each into the first row with room, in the order given.
 
     Args:
-      pictures: patches in Hugging Face's order, float32, with their grid.
+      images: patches in Hugging Face's order, float32, with their grid.
       config: of the vision tower.
       slots: a row's length, a multiple of `config.window_slots`.
       rows: the number of rows; None makes as many as needed (at least one).
 
     Returns:
-      The batch `[rows, slots, ...]`, and for each picture the indices of its merged tokens, in the order of its
-      picture tokens, into the `[rows * slots // merge_unit]` merged tokens of the batch.
+      The batch `[rows, slots, ...]`, and for each image the indices of its merged tokens, in the order of its
+      image tokens, into the `[rows * slots // merge_unit]` merged tokens of the batch.
 
     Raises:
-      ValueError: a picture does not fit a row, or the pictures do not fit the rows.
+      ValueError: an image does not fit a row, or the images do not fit the rows.
     """
     if slots % config.window_slots:
         raise ValueError(f"{slots} slots a row is no multiple of {config.window_slots}")
     filled: list[int] = []
     places: list[tuple[int, int]] = []
-    for _, grid in pictures:
+    for _, grid in images:
         need = slots_needed(grid, config)
         if need > slots:
-            raise ValueError(f"a picture of {tuple(grid)} patches needs {need} slots, a row has {slots}")
+            raise ValueError(f"an image of {tuple(grid)} patches needs {need} slots, a row has {slots}")
         row = next((r for r, used in enumerate(filled) if used + need <= slots), len(filled))
         if row == len(filled):
             filled.append(0)
@@ -95,7 +95,7 @@ def pack_pictures(
     if rows is None:
         rows = max(len(filled), 1)
     elif len(filled) > rows:
-        raise ValueError(f"the pictures need {len(filled)} vision rows of {slots} slots, there are {rows}")
+        raise ValueError(f"the images need {len(filled)} vision rows of {slots} slots, there are {rows}")
 
     unit = config.merge_unit
     patches = np.zeros((rows, slots, config.patch_values), np.float32)
@@ -103,10 +103,10 @@ def pack_pictures(
     segment_ids = np.zeros((rows, slots), np.int32)
     frames = [0] * rows
     token_slots = []
-    for (row, start), (values, grid) in zip(places, pictures, strict=True):
+    for (row, start), (values, grid) in zip(places, images, strict=True):
         t, h, w = (int(n) for n in grid)
         if values.shape != (t * h * w, config.patch_values):
-            raise ValueError(f"a picture of {(t, h, w)} patches has patches of shape {values.shape}")
+            raise ValueError(f"an image of {(t, h, w)} patches has patches of shape {values.shape}")
         units = unit_places(grid, config)
         at = (start + units[:, None] * unit + np.arange(unit)).reshape(-1)
         patches[row, at] = values

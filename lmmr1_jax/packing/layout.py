@@ -6,7 +6,7 @@
 A group's prompt stands once in a row and its completions follow (`share_prompts`), or every completion has a copy of
 its own. A completion's last token is predicted but never read, so it takes a response slot and no place in the row.
 A group too long for one row is cut over several, each with the prompt. A group's rows stay in one micro-batch where
-possible, so that its pictures are encoded once.
+possible, so that its images are encoded once.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ class PackShapes:
       row_length: tokens in a row, L.
       response_slots: predicted tokens in a row, M.
       rows: rows in a micro-batch, R, a multiple of `row_devices`.
-      picture_rows: vision rows in a micro-batch, a multiple of `row_devices`; 0 where there are no pictures.
-      picture_slots: patches in a vision row, a multiple of the tower's window.
+      image_rows: vision rows in a micro-batch, a multiple of `row_devices`; 0 where there are no images.
+      image_slots: patches in a vision row, a multiple of the tower's window.
       micro_batches: n.
       share_prompts: a group's prompt stands once in a row, else each completion carries a copy.
       pack: several prompts in a row, else one.
       row_devices: devices that rows are split over.
-      fixed_row_length, fixed_picture_rows: set by the user, so never grown.
+      fixed_row_length, fixed_image_rows: set by the user, so never grown.
     """
 
     row_length: int
     response_slots: int
     rows: int
-    picture_rows: int
-    picture_slots: int
+    image_rows: int
+    image_slots: int
     micro_batches: int
     share_prompts: bool = True
     pack: bool = True
     row_devices: int = 1
     fixed_row_length: bool = False
-    fixed_picture_rows: bool = False
+    fixed_image_rows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupSize:
-    """What counts of a group: tokens of its prompt and of each completion, vision slots of each picture."""
+    """What counts of a group: tokens of its prompt and of each completion, vision slots of each image."""
 
     prompt: int
     completions: tuple[int, ...]
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MicroBatch:
     Attributes:
       rows: the pieces of each row.
       free: tokens and slots left in each row.
-      groups: groups present, in the order in which their pictures are encoded.
+      groups: groups present, in the order in which their images are encoded.
       vision: slots used in each vision row.
       room: tokens that the emptiest row has left; says no quickly to most of what does not fit.
     """
@@ -101,7 +101,7 @@ def group_sizes(groups: Sequence[Rollout], vision: VisionConfig | None) -> list[
         GroupSize(
             prompt=len(group.encoded.token_ids),
             completions=tuple(len(completion.token_ids) for completion in group.completions),
-            pictures=tuple(slots_needed(picture.grid_thw, vision) for picture in group.encoded.pictures),
+            images=tuple(slots_needed(image.grid_thw, vision) for image in group.encoded.images),
         )
         for group in groups
     ]
@@ -118,42 +118,42 @@ def lay_out(sizes: Sequence[GroupSize], shapes: PackShapes) -> list[MicroBatch]:
     cut = [_pieces(number, size, shapes) for number, size in enumerate(sizes)]
     batches: list[MicroBatch] = []
     for number in sorted(range(len(sizes)), key=lambda g: (-sum(piece.tokens for piece in cut[g]), g)):
-        pieces, pictures = cut[number], sizes[number].pictures
+        pieces, images = cut[number], sizes[number].images
         if not pieces:
             continue
-        # Without pictures nothing is gained by keeping the rows together, and the gaps are filled better.
-        together = [pieces] if pictures else [[piece] for piece in pieces]
+        # Without images nothing is gained by keeping the rows together, and the gaps are filled better.
+        together = [pieces] if images else [[piece] for piece in pieces]
         for some in together:
-            if _place(batches, some, pictures, shapes):
+            if _place(batches, some, images, shapes):
                 continue
             for piece in some if len(some) > 1 else ():
-                if not _place(batches, [piece], pictures, shapes):
+                if not _place(batches, [piece], images, shapes):
                     raise UserError(_too_large(sizes[number], shapes))
             if len(some) == 1:
                 raise UserError(_too_large(sizes[number], shapes))
     return batches
 
 
-def _place(batches: list[MicroBatch], pieces: list[Piece], pictures: tuple[int, ...], shapes: PackShapes) -> bool:
+def _place(batches: list[MicroBatch], pieces: list[Piece], images: tuple[int, ...], shapes: PackShapes) -> bool:
     """Puts the pieces of a group together into the first micro-batch with room; opens one if that helps."""
     for batch in batches:
-        if _try(batch, pieces, pictures, shapes):
+        if _try(batch, pieces, images, shapes):
             return True
     fresh = MicroBatch()
-    if _try(fresh, pieces, pictures, shapes):
+    if _try(fresh, pieces, images, shapes):
         batches.append(fresh)
         return True
     return False
 
 
-def _try(batch: MicroBatch, pieces: list[Piece], pictures: tuple[int, ...], shapes: PackShapes) -> bool:
+def _try(batch: MicroBatch, pieces: list[Piece], images: tuple[int, ...], shapes: PackShapes) -> bool:
     if batch.room is not None and max(piece.tokens for piece in pieces) > batch.room:
         return False
     new_group = pieces[0].group not in batch.groups
     vision = batch.vision
-    if new_group and pictures:
-        vision = first_fit(pictures, shapes.picture_slots, batch.vision)
-        if vision is None or len(vision) > shapes.picture_rows:
+    if new_group and images:
+        vision = first_fit(images, shapes.image_slots, batch.vision)
+        if vision is None or len(vision) > shapes.image_rows:
             return False
     free, at = list(batch.free), []
     for piece in pieces:
@@ -178,13 +178,13 @@ def _try(batch: MicroBatch, pieces: list[Piece], pictures: tuple[int, ...], shap
     return True
 
 
-def first_fit(pictures: Sequence[int], slots: int, rows: Sequence[int] = ()) -> list[int] | None:
-    """Slots used in each vision row after the pictures were placed as `pack_pictures` places them.
+def first_fit(images: Sequence[int], slots: int, rows: Sequence[int] = ()) -> list[int] | None:
+    """Slots used in each vision row after the images were placed as `pack_images` places them.
 
-    Returns None where a picture is longer than a row of `slots`.
+    Returns None where an image is longer than a row of `slots`.
     """
     rows = list(rows)
-    for need in pictures:
+    for need in images:
         if need > slots:
             return None
         row = next((r for r, used in enumerate(rows) if used + need <= slots), len(rows))
@@ -223,7 +223,7 @@ def _piece(number: int, size: GroupSize, members: Sequence[int]) -> Piece:
 def _too_large(size: GroupSize, shapes: PackShapes) -> str:
     longest = max(size.completions, default=0)
     return (
-        f"a prompt of {size.prompt} tokens with a completion of {longest} and {sum(size.pictures)} picture slots does "
+        f"a prompt of {size.prompt} tokens with a completion of {longest} and {sum(size.images)} image slots does "
         f"not fit a micro-batch of rows of {shapes.row_length} tokens with {shapes.response_slots} response slots "
-        f"(learner.row_length) and {shapes.picture_rows} vision rows of {shapes.picture_slots} (learner.picture_rows)"
+        f"(learner.row_length) and {shapes.image_rows} vision rows of {shapes.image_slots} (learner.image_rows)"
     )

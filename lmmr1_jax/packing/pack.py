@@ -25,15 +25,15 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmr1_jax.models.config import VisionConfig
-from lmmr1_jax.models.vision_batch import pack_pictures
+from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.packing.layout import MicroBatch, PackShapes, Piece, group_sizes, lay_out
 from lmmr1_jax.packing.shapes import grow, plan_shapes
 from lmmr1_jax.types.batches import PackedBatch, VisionBatch
-from lmmr1_jax.types.records import Picture, Rollout
+from lmmr1_jax.types.records import Image, Rollout
 
 __all__ = ["PackShapes", "gather", "grow", "pack", "plan_shapes", "scatter"]
 
-PatchesOf = Callable[[Picture], Float[np.ndarray, "patches values"]]
+PatchesOf = Callable[[Image], Float[np.ndarray, "patches values"]]
 
 
 def pack(
@@ -42,13 +42,13 @@ def pack(
     """Packs a minibatch. Completions are numbered group by group, in the order given.
 
     Old and reference log-probs are left 0, to be filled through `scatter`; so are the advantages of groups that have
-    none yet. The vision part is None exactly when `shapes.picture_rows` is 0.
+    none yet. The vision part is None exactly when `shapes.image_rows` is 0.
 
     Args:
       groups: the minibatch.
       shapes: must hold it; see `grow`.
       vision: the model's vision tower, None without.
-      patches_of: the patches of a picture, float32, in Hugging Face's order.
+      patches_of: the patches of an image, float32, in Hugging Face's order.
 
     Raises:
       ValueError: the groups need more micro-batches than the shapes have.
@@ -59,17 +59,17 @@ def pack(
         raise ValueError(f"{len(batches)} micro-batches are needed, the shapes have {n}: grow them first")
     tokens, segments, prefixes = (np.zeros((n, rows, length), np.int32) for _ in range(3))
     positions = np.zeros((n, 3, rows, length), np.int32)
-    picture_slots = np.full((n, rows, length), -1, np.int32)
+    image_slots = np.full((n, rows, length), -1, np.int32)
     source, target = (np.zeros((n, rows, slots), np.int32) for _ in range(2))
     completion = np.full((n, rows, slots), -1, np.int32)
-    pictures = _empty_vision(shapes, vision)
+    images = _empty_vision(shapes, vision)
     first = [0, *itertools.accumulate(len(group.completions) for group in groups)]
 
     for m, batch in enumerate(batches):
-        token_slots = _encode_pictures(m, batch, groups, shapes, vision, patches_of, pictures)
+        token_slots = _encode_images(m, batch, groups, shapes, vision, patches_of, images)
         for r, pieces in enumerate(batch.rows):
             row = _Row(
-                tokens[m, r], segments[m, r], prefixes[m, r], positions[m, :, r], picture_slots[m, r],
+                tokens[m, r], segments[m, r], prefixes[m, r], positions[m, :, r], image_slots[m, r],
                 source[m, r], target[m, r], completion[m, r],
             )  # fmt: skip
             for piece in pieces:
@@ -88,7 +88,7 @@ def pack(
         segment_ids=segments,
         prefix_ids=prefixes,
         positions=positions,
-        picture_slots=picture_slots,
+        image_slots=image_slots,
         source=source,
         target=target,
         mask=(completion >= 0).astype(np.float32),
@@ -97,7 +97,7 @@ def pack(
         old_log_probs=_scatter(zeros, completion),
         sampler_log_probs=_scatter([done.log_probs for done in everyone], completion),
         reference_log_probs=_scatter(zeros, completion),
-        vision=pictures,
+        vision=images,
         micro_batches=np.asarray(len(batches), np.int32),
         tokens_total=np.asarray(sum(len(done.token_ids) for done in everyone), np.float32),
         completions_total=np.asarray(len(everyone), np.float32),
@@ -146,9 +146,9 @@ def _slots_in_order(flat: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarra
 class _Row:
     """A row being filled: views into the batch's arrays and how far they are full."""
 
-    def __init__(self, tokens, segments, prefixes, positions, pictures, source, target, completion):
+    def __init__(self, tokens, segments, prefixes, positions, images, source, target, completion):
         self.tokens, self.segments, self.prefixes, self.positions = tokens, segments, prefixes, positions
-        self.pictures, self.source, self.target, self.completion = pictures, source, target, completion
+        self.images, self.source, self.target, self.completion = images, source, target, completion
         self.at = self.slot = self.segment = 0
 
     def add(self, piece: Piece, group: Rollout, first: int, token_slots: np.ndarray | None, share: bool) -> None:
@@ -158,7 +158,7 @@ class _Row:
         prompt_segment, start = self.segment, self.at
         end = self._write(encoded.token_ids, encoded.positions, prompt_segment, prompt_segment)
         if token_slots is not None:
-            self.pictures[start + encoded.picture_slots] = token_slots
+            self.images[start + encoded.image_slots] = token_slots
         for i in piece.completions:
             ids = np.asarray(group.completions[i].token_ids)
             if share:
@@ -181,9 +181,9 @@ class _Row:
 
 
 def _empty_vision(shapes: PackShapes, vision: VisionConfig | None) -> VisionBatch | None:
-    if not shapes.picture_rows:
+    if not shapes.image_rows:
         return None
-    lead = (shapes.micro_batches, shapes.picture_rows, shapes.picture_slots)
+    lead = (shapes.micro_batches, shapes.image_rows, shapes.image_slots)
     return VisionBatch(
         patches=np.zeros((*lead, vision.patch_values), np.float32),
         coordinates=np.zeros((*lead, 2), np.int32),
@@ -191,7 +191,7 @@ def _empty_vision(shapes: PackShapes, vision: VisionConfig | None) -> VisionBatc
     )
 
 
-def _encode_pictures(
+def _encode_images(
     m: int,
     batch: MicroBatch,
     groups: Sequence[Rollout],
@@ -200,16 +200,16 @@ def _encode_pictures(
     patches_of: PatchesOf,
     out: VisionBatch | None,
 ) -> dict[int, np.ndarray]:
-    """Fills the vision rows of micro-batch `m`; returns where each group's picture tokens come out."""
-    owners = [number for number in batch.groups for _ in groups[number].encoded.pictures]
-    pictures = [picture for number in batch.groups for picture in groups[number].encoded.pictures]
-    if not pictures:
+    """Fills the vision rows of micro-batch `m`; returns where each group's image tokens come out."""
+    owners = [number for number in batch.groups for _ in groups[number].encoded.images]
+    images = [image for number in batch.groups for image in groups[number].encoded.images]
+    if not images:
         return {}
-    made, token_slots = pack_pictures(
-        [(patches_of(picture), picture.grid_thw) for picture in pictures],
+    made, token_slots = pack_images(
+        [(patches_of(image), image.grid_thw) for image in images],
         vision,
-        slots=shapes.picture_slots,
-        rows=shapes.picture_rows,
+        slots=shapes.image_slots,
+        rows=shapes.image_rows,
     )
     out.patches[m], out.coordinates[m], out.segment_ids[m] = made.patches, made.coordinates, made.segment_ids
     return {

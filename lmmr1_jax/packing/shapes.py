@@ -44,7 +44,7 @@ def plan_shapes(
 
     Args:
       groups: the first rollout.
-      learner: the fields row_length, rows and picture_rows fix a size where they are not 0.
+      learner: the fields row_length, rows and image_rows fix a size where they are not 0.
       max_new_tokens: no completion is longer.
       vision: the model's vision tower, None without.
       minibatch_groups: groups in a minibatch; all of `groups` when None.
@@ -71,14 +71,14 @@ def plan_shapes(
         row_length=0,
         response_slots=_UNLIMITED,
         rows=1,
-        picture_rows=_UNLIMITED,
-        picture_slots=_picture_slots(sizes, vision),
+        image_rows=_UNLIMITED,
+        image_slots=_image_slots(sizes, vision),
         micro_batches=1,
         share_prompts=learner.share_prompts,
         pack=learner.pack,
         row_devices=row_devices,
         fixed_row_length=learner.row_length > 0,
-        fixed_picture_rows=learner.picture_rows > 0,
+        fixed_image_rows=learner.image_rows > 0,
     )
     lengths = [learner.row_length] if learner.row_length else _row_lengths(one, whole, learner.pack)
     options = []
@@ -93,8 +93,8 @@ def plan_shapes(
     width = _TYPICAL_WIDTH if vision is None else vision.out_hidden_size
     shapes = min(options, key=lambda option: _cost(sample, option, width))
 
-    shapes = dataclasses.replace(shapes, picture_rows=_picture_rows(sizes[:count], shapes, learner))
-    worst = [GroupSize(longest, (limit,) * generations, s.pictures) for s in (sizes * count)[:count]]
+    shapes = dataclasses.replace(shapes, image_rows=_image_rows(sizes[:count], shapes, learner))
+    worst = [GroupSize(longest, (limit,) * generations, s.images) for s in (sizes * count)[:count]]
     micro_batches = max(1, len(lay_out(worst, shapes)), len(lay_out(sizes[:count], shapes)))
     return dataclasses.replace(shapes, micro_batches=micro_batches)
 
@@ -116,14 +116,14 @@ def grow(shapes: PackShapes, groups: Sequence[Rollout], vision: VisionConfig | N
         shapes = dataclasses.replace(shapes, row_length=round_up(one))
     if longest > shapes.response_slots:
         shapes = dataclasses.replace(shapes, response_slots=round_up(longest))
-    needed = _picture_slots(sizes, vision)
-    if needed > shapes.picture_slots:
-        shapes = dataclasses.replace(shapes, picture_slots=needed)
-    if shapes.picture_slots:
-        rows = max(len(first_fit(s.pictures, shapes.picture_slots)) for s in sizes)
-        if rows > shapes.picture_rows and shapes.fixed_picture_rows:
-            raise UserError(f"learner.picture_rows {shapes.picture_rows} is too few: one prompt's pictures need {rows}")
-        shapes = dataclasses.replace(shapes, picture_rows=max(shapes.picture_rows, _multiple(rows, shapes.row_devices)))
+    needed = _image_slots(sizes, vision)
+    if needed > shapes.image_slots:
+        shapes = dataclasses.replace(shapes, image_slots=needed)
+    if shapes.image_slots:
+        rows = max(len(first_fit(s.images, shapes.image_slots)) for s in sizes)
+        if rows > shapes.image_rows and shapes.fixed_image_rows:
+            raise UserError(f"learner.image_rows {shapes.image_rows} is too few: one prompt's images need {rows}")
+        shapes = dataclasses.replace(shapes, image_rows=max(shapes.image_rows, _multiple(rows, shapes.row_devices)))
     used = len(lay_out(sizes, shapes))
     if used > shapes.micro_batches:
         shapes = dataclasses.replace(shapes, micro_batches=_significant(used))
@@ -150,9 +150,9 @@ def _significant(size: int) -> int:
     return _multiple(size, unit)
 
 
-def _picture_slots(sizes: Sequence[GroupSize], vision: VisionConfig | None) -> int:
-    """The longest picture, in windows of two significant bits if there are several."""
-    longest = max((slots for size in sizes for slots in size.pictures), default=0)
+def _image_slots(sizes: Sequence[GroupSize], vision: VisionConfig | None) -> int:
+    """The longest image, in windows of two significant bits if there are several."""
+    longest = max((slots for size in sizes for slots in size.images), default=0)
     return 0 if vision is None else _significant(-(-longest // vision.window_slots)) * vision.window_slots
 
 
@@ -181,22 +181,22 @@ def _rows(
         return learner.rows
     needed = max(-(-len(lay_out(sample, shapes)) * count // len(sample)), 1)  # with one row in a micro-batch
     most = devices * max(tokens_per_device // shapes.row_length, 1)
-    if any(size.pictures for size in sample):  # a group whose pictures are encoded once must fit as a whole
+    if any(size.images for size in sample):  # a group whose images are encoded once must fit as a whole
         per_group = max(max(len(lay_out([size], shapes)) for size in sample), 1)
         most = max(_multiple(most // per_group * per_group, devices), _multiple(per_group, devices))
     micro_batches = -(-needed // most)
     return _multiple(-(-needed // micro_batches), devices)
 
 
-def _picture_rows(sizes: Sequence[GroupSize], shapes: PackShapes, learner: LearnerConfig) -> int:
+def _image_rows(sizes: Sequence[GroupSize], shapes: PackShapes, learner: LearnerConfig) -> int:
     """Vision rows that the fullest micro-batch of these groups needs."""
-    if not shapes.picture_slots:
+    if not shapes.image_slots:
         return 0
-    if learner.picture_rows:
-        if learner.picture_rows % shapes.row_devices:
+    if learner.image_rows:
+        if learner.image_rows % shapes.row_devices:
             raise UserError(
-                f"learner.picture_rows {learner.picture_rows} must be a multiple of the {shapes.row_devices} devices "
+                f"learner.image_rows {learner.image_rows} must be a multiple of the {shapes.row_devices} devices "
                 "that split them"
             )
-        return learner.picture_rows
+        return learner.image_rows
     return _multiple(max((len(batch.vision) for batch in lay_out(sizes, shapes)), default=1) or 1, shapes.row_devices)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmmr1_jax.data.prompt_loader import PromptFeeder
+from lmmr1_jax.data.prompt_loader import PromptLoader
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.types.records import EncodedPrompt, Rollout
 
@@ -20,7 +20,7 @@ class _Begun:
     before: dict[str, Any]
 
 
-class Ahead:
+class RolloutQueue:
     """Takes prompts, begins to sample from them, and gives out whole batches.
 
     With `staleness` s, batch t is begun when batch t - s is given out, so that no token of it is sampled by weights
@@ -32,7 +32,7 @@ class Ahead:
 
     def __init__(
         self,
-        feeder: PromptFeeder,
+        loader: PromptLoader,
         skips: SkipLog,
         begin: Callable[[Sequence[EncodedPrompt], int], Callable[[], list[Rollout]]],
         *,
@@ -42,13 +42,13 @@ class Ahead:
     ):
         """
         Args:
-          feeder, skips: the data.
+          loader, skips: the data.
           begin: begins to sample from prompts for the step of that number; what it returns waits for the groups.
           prompts: of a batch.
           staleness: batches that are begun before the one that is wanted is waited for.
           batches: of the whole run.
         """
-        self._feeder, self._skips, self._begin = feeder, skips, begin
+        self._loader, self._skips, self._begin = loader, skips, begin
         self._prompts, self._staleness, self._batches = prompts, staleness, batches
         self._begun: collections.deque[_Begun] = collections.deque()
 
@@ -56,7 +56,7 @@ class Ahead:
         """Batch `number`; called with each number in turn."""
         while len(self._begun) <= self._staleness and number + len(self._begun) < self._batches:
             before = self._data()
-            prompts = self._feeder.take(self._prompts)
+            prompts = self._loader.take(self._prompts)
             self._begun.append(_Begun(self._begin(prompts, number + len(self._begun)), before))
         # Taken off only when it is there: a stop in between loses nothing.
         rollouts = self._begun[0].collect()
@@ -70,8 +70,8 @@ class Ahead:
     def restore(self, state: dict[str, Any]) -> None:
         """Back to `state`."""
         self._begun.clear()
-        self._feeder.restore(state["feeder"])
+        self._loader.restore(state["loader"])
         self._skips.restore(state["skips"])
 
     def _data(self) -> dict[str, Any]:
-        return {"feeder": self._feeder.state(), "skips": self._skips.state()}
+        return {"loader": self._loader.state(), "skips": self._skips.state()}

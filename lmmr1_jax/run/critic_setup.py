@@ -79,11 +79,11 @@ def _check_reads_the_same(folder: Path, processor: Processor) -> None:
         takes = check_fit(folder, processor)
         own, policy = read_config(folder).vision, processor.config.vision
         if policy is not None and own is None:
-            raise UserError(f"{folder}: a model of text, which would not see the policy's pictures")
+            raise UserError(f"{folder}: a model of text, which would not see the policy's images")
         if policy is not None and (own.window_size, own.in_channels) != (policy.window_size, policy.in_channels):
-            raise UserError(f"{folder}: its pictures have other windows than the policy's; it must be a {policy.kind}")
+            raise UserError(f"{folder}: its images have other windows than the policy's; it must be a {policy.kind}")
         if takes != (processor.format if policy is not None else None):
-            raise UserError(f"{folder}: its preprocessor_config.json sizes or normalises pictures in another way")
+            raise UserError(f"{folder}: its preprocessor_config.json sizes or normalises images in another way")
     except UserError as error:
         raise UserError(f"critic.path: {error}") from None
 

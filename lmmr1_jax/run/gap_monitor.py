@@ -9,7 +9,7 @@ PATIENCE = 3
 """Steps in a row above the limit that end a run."""
 
 
-class GapWatch:
+class LogProbGapMonitor:
     """Counts the steps in a row whose mean gap was too large."""
 
     def __init__(self, warn: float, stop: float):
@@ -28,7 +28,7 @@ class GapWatch:
             raise UserError(
                 f"step {step}: the sampler's log-probs differ from the learner's by {mean:.3g} on average, for the "
                 f"{PATIENCE}rd step in a row above rollout.gap_stop={self._stop}: the sampler has other weights, "
-                "prompts or pictures than the learner; when that is mended, --resume goes on from the newest checkpoint"
+                "prompts or images than the learner; when that is mended, --resume goes on from the newest checkpoint"
             )
         if mean <= self._warn:
             return None

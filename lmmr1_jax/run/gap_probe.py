@@ -62,7 +62,7 @@ class GapProbe:
                 learner=self._config.learner,
                 max_new_tokens=min(MOST_TOKENS, self._config.rollout.max_new_tokens),
                 vision=vision,
-                minibatch_groups=self._config.vllm.engines,
+                minibatch_groups=self._config.vllm.num_engines,
                 row_devices=row_shards(self._policy.mesh),
                 tokens_per_device=TOKENS_PER_DEVICE if jax.default_backend() != "cpu" else 1024,
             )

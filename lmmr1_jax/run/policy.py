@@ -26,11 +26,14 @@ from weights_bridge.load import load
 from weights_bridge.tensor_table import layout, logical_axes
 
 TINY_MODEL = Path(__file__).parents[1] / "assets" / "tiny"
+EMBEDDED_MODEL = "embedded:tiny"
 
 
 def model_folder(config: ModelConfig) -> Path:
     """The starting checkpoint: the config's, or the tiny one that ships with the package."""
-    return Path(config.path) if config.path else TINY_MODEL
+    if config.path in ("", EMBEDDED_MODEL):
+        return TINY_MODEL
+    return Path(config.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Policy:
     """A model on its devices, and all that works with it.
 
     Attributes:
-      processor: text to tokens, pictures to patches.
+      processor: text to tokens, images to patches.
       network: the model without parameters.
       mesh: the devices.
       sampler: the built-in one or vLLM's engines; it has no weights yet.
@@ -73,7 +76,7 @@ def open_policy(
         yield assemble_policy(config)
         return
     # Ray first: it starts processes, which a process that runs JAX should not.
-    with connected(config.ray, cpus=config.vllm.engines * config.vllm.cpus, check=check):
+    with connected(config.ray, cpus=config.vllm.num_engines * config.vllm.cpus, check=check):
         policy = assemble_policy(config)
         parts = (config, policy.processor, policy.network, policy.source)
         with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:
@@ -90,7 +93,7 @@ def assemble_policy(config: TrainConfig) -> Policy:
         max_pixels=data.max_pixels,
         max_prompt_tokens=data.max_prompt_tokens,
         allow_http=data.allow_http,
-        picture_root=data.picture_root or None,
+        image_root=data.image_root or None,
     )
     mesh = make_mesh(config.mesh)
     network = build(

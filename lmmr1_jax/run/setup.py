@@ -11,7 +11,7 @@ from lmmr1_jax.algorithms.registry import needs_critic
 from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.data.prompt_loader import PromptFeeder
+from lmmr1_jax.data.prompt_loader import PromptLoader
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.learner.learner import Learner
@@ -29,6 +29,7 @@ from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
 
+EMBEDDED_DATA = "embedded:shapes"
 SHAPES_TO_TRAIN_ON, SHAPES_HELD_OUT = 32_768, 1_024
 
 
@@ -62,7 +63,7 @@ def read_data(
     Every prompt has its verifier, and a gold answer that this one can read; but `rewards.variant lmm-r1` keeps rows
     whose answer can't be read, and where `rewards.accuracy_weight` is 0 nobody needs one.
     """
-    if not config.data.path:
+    if config.data.path in ("", EMBEDDED_DATA):
         prompts = shape_prompts("train", SHAPES_TO_TRAIN_ON)
         held_out = [] if config.eval.path else shape_prompts("heldout", SHAPES_HELD_OUT)
         prompts, held_out = (choose(part, config.rewards) for part in (prompts, held_out))
@@ -79,7 +80,7 @@ def read_data(
 def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifier, skips: SkipLog) -> list[Prompt]:
     prompts = read_prompts(
         path,
-        message_key=config.data.message_key,
+        prompt_key=config.data.prompt_key,
         answer_key=config.data.answer_key,
         need_answer=config.rewards.accuracy_weight != 0,
         verifier_key=config.data.verifier_key,
@@ -132,10 +133,12 @@ def try_rewards(rewards: Rewards, prompts: list[Prompt], processor: Processor, c
         return
 
 
-def build_feeder(config: TrainConfig, prompts: list[Prompt], processor: Processor, skips: SkipLog) -> PromptFeeder:
+def build_prompt_loader(
+    config: TrainConfig, prompts: list[Prompt], processor: Processor, skips: SkipLog
+) -> PromptLoader:
     """The prompts to train on, in the run's order."""
     cursor = PromptCursor(prompts, seed=config.run.seed, shuffle=config.data.shuffle)
-    return PromptFeeder(cursor, processor, skips, workers=config.data.workers)
+    return PromptLoader(cursor, processor, skips, workers=config.data.workers)
 
 
 def count_steps(config: TrainConfig, prompts: int) -> int:

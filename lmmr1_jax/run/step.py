@@ -1,6 +1,6 @@
 """One step of a run in its four phases: sample, score, learn, and hand the new weights over.
 
-    groups = step.sample(feeder.take(P), done)      # what the policy writes
+    groups = step.sample(loader.take(P), done)      # what the policy writes
     groups = step.score(groups)                     # what it earns
     batches = step.prepare(groups, state)           # advantages, and the passes they need
     state, metrics = step.update(state, batches)    # what it learns
@@ -84,7 +84,7 @@ class Step:
         the groups. `again` counts the step's further batches: a prompt that comes twice is not sampled alike."""
         settings, sampler = self.config.rollout, self.policy.sampler
         key = sampling_key(self.config.run.seed, done)
-        ticket = sampler.submit(
+        handle = sampler.submit(
             prompts,
             settings.completions,
             max_new_tokens=settings.max_new_tokens,
@@ -94,7 +94,7 @@ class Step:
         )
 
         def collect() -> list[Rollout]:
-            return [Rollout(*pair) for pair in zip(prompts, sampler.collect(ticket), strict=True)]
+            return [Rollout(*pair) for pair in zip(prompts, sampler.collect(handle), strict=True)]
 
         return collect
 
@@ -173,7 +173,7 @@ class Step:
         update has one number; but for the gap (the first update's, whose weights are those that sampled) and for what
         counts on (the last's)."""
         told, tokens = [], []
-        self.policy.sampler.forget()
+        self.policy.sampler.release_params()
         for _ in range(self.config.learner.epochs):
             for batch in batches:
                 state, metrics = self.learner.update(state, batch)

@@ -16,9 +16,9 @@ start, because less than its share is free."""
 
 
 def share_devices(config: VllmConfig) -> None:
-    """Leaves `memory_share` and `CONTEXTS` of each GPU; what the environment already says stays as it is."""
+    """Leaves `gpu_memory_utilization` and `CONTEXTS` of each GPU; what the environment already says stays as it is."""
     if config.colocate and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault(LEARNER_SHARE, f"{1 - config.memory_share - CONTEXTS:.3f}")
+        os.environ.setdefault(LEARNER_SHARE, f"{1 - config.gpu_memory_utilization - CONTEXTS:.3f}")
 
 
 def release_memory() -> None:

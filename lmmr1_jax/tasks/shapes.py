@@ -1,11 +1,11 @@
-"""The task of the embedded default: count coloured shapes in a generated picture.
+"""The task of the embedded default: count coloured shapes in a generated image.
 
-A picture is a 3x3 grid of 28-pixel cells, so that each merged picture token of a Qwen-VL (2x2 patches of 14 pixels)
+An image is a 3x3 grid of 28-pixel cells, so that each merged image token of a Qwen-VL (2x2 patches of 14 pixels)
 is one cell. A cell is empty or holds a circle, a square or a triangle in one of four colours. Questions ask for the
 shapes of one colour, or for those of two colours added up. Prompts are worded as LMM-R1's: its system prompt, then
-the question and after it the picture; the gold answer is `$\\boxed{N}$`.
+the question and after it the image; the gold answer is `$\\boxed{N}$`.
 
-Everything is a pure function of (split, seed, index). The two splits share no picture: each layout of colours has a
+Everything is a pure function of (split, seed, index). The two splits share no image: each layout of colours has a
 checksum, and layouts whose checksum is 0 belong to "heldout", all others to "train".
 """
 
@@ -48,7 +48,7 @@ _CHECKSUM_MODULUS, _PAPER = 8, (244, 244, 240)
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A picture to draw and a question about it.
+    """An image to draw and a question about it.
 
     Attributes:
       colours: int `[3, 3]`, index into `COLOURS`, -1 where the cell is empty.
@@ -104,10 +104,10 @@ def draw_scene(split: Split, index: int, seed: int = 0) -> Scene:
     )
 
 
-def draw_picture(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of 84x84 pixels: a multiple of 28, so that no processor resizes it."""
-    picture = Image.new("RGB", (GRID * CELL, GRID * CELL), _PAPER)
-    draw = ImageDraw.Draw(picture)
+def draw_image(scene: Scene) -> Image.Image:
+    """The scene as an RGB image of 84x84 pixels: a multiple of 28, so that no processor resizes it."""
+    image = Image.new("RGB", (GRID * CELL, GRID * CELL), _PAPER)
+    draw = ImageDraw.Draw(image)
     inks = list(COLOURS.values())
     for row, column in zip(*np.nonzero(scene.colours >= 0), strict=True):
         right, down = (int(v) for v in scene.offsets[row, column])
@@ -120,17 +120,17 @@ def draw_picture(scene: Scene) -> Image.Image:
                 draw.rectangle((x - r, y - r, x + r, y + r), fill=ink)
             case "triangle":
                 draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=ink)
-    return picture
+    return image
 
 
 def shape_rows(split: Split, count: int, seed: int = 0, start: int = 0) -> list[dict[str, Any]]:
     """Rows `start` to `start + count` of a split, as a prompt file would hold them (`message`, `answer`,
-    `data_source`, `id`); pictures are PNGs in `data:` URIs."""
+    `data_source`, `id`); images are PNGs in `data:` URIs."""
     rows = []
     for index in range(start, start + count):
         scene = draw_scene(split, index, seed)
         png = io.BytesIO()
-        draw_picture(scene).save(png, "PNG", compress_level=1)
+        draw_image(scene).save(png, "PNG", compress_level=1)
         uri = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
         rows.append(
             {

@@ -39,8 +39,9 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return metrics
 
 
-def lag(rollouts: Sequence[Rollout], done: int) -> dict[str, float]:
+def off_policy_steps(rollouts: Sequence[Rollout], done: int) -> dict[str, float]:
     """How many updates the learner, `done` behind it, is ahead of the weights that sampled: mean and most over all
     tokens."""
     versions = np.concatenate([c.policy_version for rollout in rollouts for c in rollout.completions])
-    return {"lag/mean": float(np.mean(done - versions)), "lag/max": int(np.max(done - versions))}
+    steps = done - versions
+    return {"off_policy_steps/mean": float(np.mean(steps)), "off_policy_steps/max": int(np.max(steps))}

@@ -16,7 +16,7 @@ from lmmr1_jax.tracking.samples import sample_text
 from lmmr1_jax.tracking.step_files import jsonable, truncate_steps
 from lmmr1_jax.types.records import Rollout
 
-# Pictures are shown, not kept: event files would grow by 3 MB with every large one.
+# Images are shown, not kept: event files would grow by 3 MB with every large one.
 _SHOWN_SIDE = 512
 
 Record = dict[str, Any]
@@ -49,9 +49,9 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """Event files in `tb/`: every number as a scalar; samples with their pictures every so many steps."""
+    """Event files in `tb/`: every number as a scalar; samples with their images every so many steps."""
 
-    def __init__(self, folder: Path, resume_step: int | None, pictures_every: int):
+    def __init__(self, folder: Path, resume_step: int | None, images_every: int):
         from tensorboardX import SummaryWriter  # slow to import, and not needed with tracking.tensorboard off
 
         # What an earlier life of the run wrote from `purge_step` on is lost and hidden.
@@ -59,7 +59,7 @@ class TensorBoardSink:
         # The suffix gives two lives that start within a second two files, which are read in the order of their names.
         suffix = f".from-{resume_step or 0:08}"
         self._writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
-        self._pictures_every = pictures_every
+        self._images_every = images_every
 
     def step(self, step: int, record: Record) -> None:
         for name, value in jsonable(record).items():
@@ -72,13 +72,13 @@ class TensorBoardSink:
                 self._writer.add_scalar(f"evaluation/{name}", value, step)
 
     def samples(self, step: int, records: list[Record], rollouts: list[Rollout]) -> None:
-        if not self._pictures_every or (step != 1 and step % self._pictures_every):
+        if not self._images_every or (step != 1 and step % self._images_every):
             return
         for number, (record, rollout) in enumerate(zip(records, rollouts, strict=True)):
             self._writer.add_text(f"samples/{number}", sample_text(record), step)
-            for index, picture in enumerate(rollout.encoded.pictures):
+            for index, image in enumerate(rollout.encoded.images):
                 self._writer.add_image(
-                    f"samples/{number}/picture{index}", _shown(picture.pixels), step, dataformats="HWC"
+                    f"samples/{number}/image{index}", _shown(image.pixels), step, dataformats="HWC"
                 )
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class WandbSink:
         self._run.log({f"evaluation/{name}": value for name, value in jsonable(result).items()}, step=step)
 
     def samples(self, step: int, records: list[Record], rollouts: list[Rollout]) -> None:
-        """Texts and pictures stay in the run's folder and in TensorBoard."""
+        """Texts and images stay in the run's folder and in TensorBoard."""
 
     def close(self) -> None:
         self._run.finish()

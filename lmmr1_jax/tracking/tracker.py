@@ -3,7 +3,7 @@
 tracker = Tracker(run_dir, config, resume_step, total_steps, decode=processor.decode)
 tracker.evaluation(0, {"accuracy": 0.41, "format": 0.99, "prompts": 1024, "seconds": 9.1})
 tracker.log(1, {"loss/policy": ..., "time/rollout": ...}, rollouts)
-tracker.finish(skipped={"broken_picture": 2})
+tracker.finish(skipped={"broken_image": 2})
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Tracker:
         self._display = display or ProgressDisplay(total_steps, resume_step or 0)
         self._sinks: list[Any] = [JsonLinesSink(self._folder, resume_step), self._display]
         if config.tracking.tensorboard:
-            self._add(lambda: TensorBoardSink(self._folder, resume_step, config.tracking.pictures_every))
+            self._add(lambda: TensorBoardSink(self._folder, resume_step, config.tracking.images_every))
         if config.tracking.wandb:
             self._add(lambda: WandbSink(self._folder, config.tracking.wandb_project, dataclasses.asdict(config)))
 

@@ -10,15 +10,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class VisionBatch:
-    """Patches of many pictures in rows of fixed length, with all their geometry as data.
+    """Patches of many images in rows of fixed length, with all their geometry as data.
 
-    A row holds whole pictures one after the other and is attended to on its own. Where the tower has windows,
+    A row holds whole images one after the other and is attended to on its own. Where the tower has windows,
     patches stand window by window and each window is padded to its full number of patches (64 for Qwen2.5-VL);
     a padding slot has segment 0. Four neighbouring slots merge into one token.
 
     Attributes:
       patches: float32 `[..., rows, slots, patch_values]` (1176 values for 14x14 patches of two RGB frames).
-      coordinates: int32 `[..., rows, slots, 2]`, the patch's row and column in its picture, for the rotary embedding.
+      coordinates: int32 `[..., rows, slots, 2]`, the patch's row and column in its image, for the rotary embedding.
       segment_ids: int32 `[..., rows, slots]`; frames are numbered from 1 within a row, 0 is padding.
     """
 
@@ -43,14 +43,14 @@ class PackedBatch:
       segment_ids: int32 `[n, R, L]`, from 1 within a row, 0 is padding.
       prefix_ids: int32 `[n, R, L]`, the segment of the token's prompt; a prompt token's own segment.
       positions: int32 `[n, 3, R, L]`.
-      picture_slots: int32 `[n, R, L]`, index of the merged picture token (over the micro-batch's vision rows,
+      image_slots: int32 `[n, R, L]`, index of the merged image token (over the micro-batch's vision rows,
         flattened) that stands here, -1 where text stands.
       source: int32 `[n, R, M]`.
       target: int32 `[n, R, M]`.
       mask: float32 `[n, R, M]`, 1 where a slot holds a completion token.
       completion: int32 `[n, R, M]`, number of the completion within the minibatch, -1 for padding.
       advantages, old_log_probs, sampler_log_probs, reference_log_probs: float32 `[n, R, M]`, 0 at padding.
-      vision: `[n, ...]` vision rows, or None for a batch without pictures.
+      vision: `[n, ...]` vision rows, or None for a batch without images.
       micro_batches: int32 `[]`, how many of the n hold anything.
       tokens_total: float32 `[]`, completion tokens in the whole minibatch.
       completions_total: float32 `[]`, completions in the whole minibatch.
@@ -63,7 +63,7 @@ class PackedBatch:
     segment_ids: np.ndarray
     prefix_ids: np.ndarray
     positions: np.ndarray
-    picture_slots: np.ndarray
+    image_slots: np.ndarray
     source: np.ndarray
     target: np.ndarray
     mask: np.ndarray

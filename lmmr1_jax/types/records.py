@@ -19,7 +19,7 @@ FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = "stop", "length", "abort"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A row of the prompt set that has been read and found whole; its pictures have not been opened yet.
+    """A row of the prompt set that has been read and found whole; its images have not been opened yet.
 
     Attributes:
       messages: OpenAI-style messages, `content` either a string or a list of `{"type": "text" | "image", ...}`.
@@ -41,8 +41,8 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture at its final size. Pixels are kept, not patches: they take an eighth of the memory.
+class Image:
+    """An image at its final size. Pixels are kept, not patches: they take an eighth of the memory.
 
     Attributes:
       pixels: uint8 `[height, width, 3]`, RGB, both sides multiples of patch_size * spatial_merge_size.
@@ -61,18 +61,18 @@ class EncodedPrompt:
 
     Attributes:
       prompt: where it comes from.
-      token_ids: int32 `[P]`, every picture expanded to its number of picture tokens.
+      token_ids: int32 `[P]`, every image expanded to its number of image tokens.
       positions: int32 `[3, P]`, temporal, height and width positions (three equal rows for text).
-      pictures: the prompt's pictures in order of appearance.
-      picture_slots: int32 `[S]`, indices into `token_ids` that the merged patches of `pictures` fill, in order.
+      images: the prompt's images in order of appearance.
+      image_slots: int32 `[S]`, indices into `token_ids` that the merged patches of `images` fill, in order.
       next_position: the position, equal in all three rows, of the first completion token.
     """
 
     prompt: Prompt
     token_ids: np.ndarray
     positions: np.ndarray
-    pictures: tuple[Picture, ...]
-    picture_slots: np.ndarray
+    images: tuple[Image, ...]
+    image_slots: np.ndarray
     next_position: int
 
 

@@ -24,9 +24,9 @@ def model() -> str:
     return str(oracle.random_model("qwen2_5_vl", True))
 
 
-def picture_message(size: int = 84) -> list:
+def image_message(size: int = 84) -> list:
     file = io.BytesIO()
-    oracle.random_picture(size, size).save(file, "PNG")
+    oracle.random_image(size, size).save(file, "PNG")
     address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     parts = [{"type": "text", "text": "How many red circles?"}, {"type": "image", "image": address}]
     return [{"role": "user", "content": parts}]
@@ -41,7 +41,7 @@ def data(tmp_path_factory) -> str:
     """Good and bad lines, one of each kind."""
     lines = [
         json.dumps({"message": text_message("Find x."), "answer": "3"}),
-        json.dumps({"message": json.dumps(picture_message()), "answer": "$\\boxed{5}$", "data_source": "circles"}),
+        json.dumps({"message": json.dumps(image_message()), "answer": "$\\boxed{5}$", "data_source": "circles"}),
         "{not json",
         json.dumps({"answer": "3"}),
         json.dumps({"message": text_message("a literal <|image_pad|>"), "answer": "3"}),
@@ -68,7 +68,7 @@ def generated(model, data, tmp_path_factory) -> list[dict]:
 def test_generate_writes_a_line_per_input_line(generated):
     assert [line["index"] for line in generated] == list(range(7))
     errors = {line["index"]: line["error"].split(":")[0] for line in generated if "error" in line}
-    assert errors == {2: "bad_json", 3: "no_message", 4: "special_token_in_text", 5: "missing_picture"}
+    assert errors == {2: "bad_json", 3: "no_message", 4: "special_token_in_text", 5: "missing_image"}
     for line in (generated[index] for index in (0, 1, 6)):
         assert set(line) == {"index", "prompt_token_ids", "completions"} and len(line["completions"]) == 2
         for completion in line["completions"]:
@@ -108,7 +108,7 @@ def test_evaluate_counts_prompts_by_source_and_skips_by_reason(model, data, tmp_
     assert result["n"] == result["k"] == 2
     assert set(result["overall"]) == {"pass@1", "pass@k", "format", "prompts"}
     assert {name: source["prompts"] for name, source in result["sources"].items()} == {"circles": 1, "prompts": 2}
-    assert result["skipped"] == {"bad_json": 1, "no_message": 1, "special_token_in_text": 1, "missing_picture": 1}
+    assert result["skipped"] == {"bad_json": 1, "no_message": 1, "special_token_in_text": 1, "missing_image": 1}
 
 
 @pytest.mark.parametrize(

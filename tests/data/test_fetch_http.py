@@ -1,4 +1,4 @@
-"""http(s) pictures, only when allowed and within limits of time and size, from a server on this machine."""
+"""http(s) images, only when allowed and within limits of time and size, from a server on this machine."""
 
 import http.server
 import io
@@ -8,9 +8,9 @@ import time
 import pytest
 from PIL import Image
 
-from lmmr1_jax.data.faults import PictureFault
+from lmmr1_jax.data.faults import ImageFault
 from lmmr1_jax.data.fetch import FetchPolicy
-from lmmr1_jax.data.pictures import PictureFormat, load_picture
+from lmmr1_jax.data.images import ImageFormat, load_image
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,16 +51,16 @@ def server(monkeypatch):
     served.server_close()
 
 
-def test_a_picture_is_fetched_when_allowed(server, tmp_path):
+def test_an_image_is_fetched_when_allowed(server, tmp_path):
     policy = FetchPolicy(allow_http=True)
-    picture = load_picture(f"{server}/a.png", tmp_path, policy, PictureFormat())
-    assert (picture.pixels == (255, 0, 0)).all()
+    image = load_image(f"{server}/a.png", tmp_path, policy, ImageFormat())
+    assert (image.pixels == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("name", ["none.png", "away.png", "slow.png", "large.png"])
 def test_what_cannot_be_fetched_within_the_limits_is_missing(server, tmp_path, name):
     policy = FetchPolicy(allow_http=True, http_seconds=0.5, http_bytes=100_000)
     start = time.monotonic()
-    with pytest.raises(PictureFault) as caught:
-        load_picture(f"{server}/{name}", tmp_path, policy, PictureFormat())
-    assert caught.value.reason == "missing_picture" and time.monotonic() - start < 3
+    with pytest.raises(ImageFault) as caught:
+        load_image(f"{server}/{name}", tmp_path, policy, ImageFormat())
+    assert caught.value.reason == "missing_image" and time.monotonic() - start < 3

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lmmr1_jax.data.faults import SkipPrompt
-from lmmr1_jax.data.messages import parse_answer, parse_messages, picture_references, refuse_special_tokens
+from lmmr1_jax.data.messages import image_references, parse_answer, parse_messages, refuse_special_tokens
 
 PARTS = [{"type": "text", "text": "How many?"}, {"type": "image", "image": "a.png"}]
 
@@ -22,7 +22,7 @@ def test_a_string_and_a_list_give_the_same_messages():
     assert parse_messages(messages) == parse_messages(json.dumps(messages)) == messages
 
 
-def test_pictures_keep_their_order_and_every_spelling_of_an_address_is_read():
+def test_images_keep_their_order_and_every_spelling_of_an_address_is_read():
     content = [
         {"type": "image", "image": "1.png", "max_pixels": 5},
         {"type": "text", "text": "and"},
@@ -30,7 +30,7 @@ def test_pictures_keep_their_order_and_every_spelling_of_an_address_is_read():
         {"type": "image_url", "image_url": "3.png"},
     ]
     messages = parse_messages([{"role": "user", "content": content}])
-    assert picture_references(messages) == ["1.png", "2.png", "3.png"]
+    assert image_references(messages) == ["1.png", "2.png", "3.png"]
     assert [part["type"] for part in messages[0]["content"]] == ["image", "text", "image", "image"]
     assert messages[0]["content"][0] == {"type": "image", "image": "1.png"}
 
@@ -45,7 +45,7 @@ def test_keys_that_are_null_as_in_parquet_columns_are_as_if_absent():
         {"type": "text", "text": "a", "image": None, "image_url": None},
         {"type": "image", "text": None, "image": None, "image_url": {"url": "x.png"}},
     ]
-    assert picture_references(parse_messages([{"role": "user", "content": content}])) == ["x.png"]
+    assert image_references(parse_messages([{"role": "user", "content": content}])) == ["x.png"]
 
 
 @pytest.mark.parametrize("value", ["not json", "[{]", "[" * 100_000, '[{"role": "user", "content": "\\ud800"}]'])
@@ -99,5 +99,5 @@ def test_text_that_would_be_read_as_a_control_token_is_refused(messages):
     )
 
 
-def test_a_special_token_in_a_picture_address_is_no_text():
+def test_a_special_token_in_an_image_address_is_no_text():
     refuse_special_tokens([{"role": "user", "content": [{"type": "image", "image": "<|im_end|>.png"}]}], ["<|im_end|>"])

@@ -31,10 +31,10 @@ def reason(processor, content, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures of odd sizes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Images of odd sizes."""
+    folder = tmp_path_factory.mktemp("images")
     for name, size in (("a", (100, 61)), ("b", (300, 200)), ("c", (28, 28))):
-        oracle.random_picture(*size).save(folder / f"{name}.png")
+        oracle.random_image(*size).save(folder / f"{name}.png")
     return folder
 
 
@@ -68,9 +68,9 @@ def test_tokens_positions_and_patches_are_those_of_transformers(kind, folder):
         "<|image_pad|>" * int(np.prod(grid) // 4) + piece for grid, piece in zip(grids, pieces[1:], strict=True)
     )
     assert encoded.token_ids.tolist() == tokenizer(text)["input_ids"]
-    assert [p.grid_thw for p in encoded.pictures] == [tuple(grid) for grid in grids]
+    assert [p.grid_thw for p in encoded.images] == [tuple(grid) for grid in grids]
     np.testing.assert_allclose(
-        np.concatenate([encoder.patches(p) for p in encoded.pictures]), patches, rtol=0, atol=2e-7
+        np.concatenate([encoder.patches(p) for p in encoded.images]), patches, rtol=0, atol=2e-7
     )
 
     inputs = oracle.hf_inputs(encoded.token_ids, patches=[patches], grids=grids)
@@ -79,8 +79,8 @@ def test_tokens_positions_and_patches_are_those_of_transformers(kind, folder):
     )
     assert encoded.positions.tolist() == positions[:, 0].tolist()
     assert encoded.next_position == len(encoded.token_ids) + int(delta)
-    assert (encoded.token_ids[encoded.picture_slots] == encoder.config.image_token_id).all()
-    assert len(encoded.picture_slots) == sum(np.prod(grid) // 4 for grid in grids)
+    assert (encoded.token_ids[encoded.image_slots] == encoder.config.image_token_id).all()
+    assert len(encoded.image_slots) == sum(np.prod(grid) // 4 for grid in grids)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen2_5_vl"])
@@ -95,7 +95,7 @@ def test_text_prompts_are_encoded_alike_whether_text_or_parts(kind, folder):
     assert encoder.tokenizer.decode(plain.token_ids) == expected
     assert plain.positions.tolist() == [list(range(len(plain.token_ids)))] * 3
     assert plain.next_position == len(plain.token_ids)
-    assert plain.pictures == () and len(plain.picture_slots) == 0
+    assert plain.images == () and len(plain.image_slots) == 0
 
 
 def test_banned_and_end_tokens_are_found_by_their_names(processor):
@@ -133,27 +133,27 @@ def test_a_prompt_at_the_limit_is_used_and_one_token_more_is_skipped(folder):
     assert reason(Processor(model_folder, max_prompt_tokens=length - 1), MIXED, folder) == "prompt_too_long"
 
 
-def test_a_text_too_long_is_skipped_before_its_pictures_are_fetched(folder):
+def test_a_text_too_long_is_skipped_before_its_images_are_fetched(folder):
     short = Processor(oracle.random_model("qwen2_5_vl"), max_prompt_tokens=20)
     content = [{"type": "text", "text": "long " * 100}, {"type": "image", "image": "none.png"}]
     assert reason(short, content, folder) == "prompt_too_long"
 
 
-def test_a_prompt_with_more_pictures_than_the_sampler_takes_is_skipped(folder):
+def test_a_prompt_with_more_images_than_the_sampler_takes_is_skipped(folder):
     processor = Processor(oracle.random_model("qwen2_5_vl"))
     several = [{"type": "image", "image": "c.png"}] * 2
-    processor.max_pictures = 2
-    assert len(processor.encode(prompt(several, folder)).pictures) == 2
-    processor.max_pictures = 1
-    assert reason(processor, several, folder) == "too_many_pictures"
+    processor.max_images = 2
+    assert len(processor.encode(prompt(several, folder)).images) == 2
+    processor.max_images = 1
+    assert reason(processor, several, folder) == "too_many_images"
 
 
-def test_a_model_without_vision_skips_prompts_with_pictures(folder):
-    assert reason(Processor(oracle.random_model("qwen2")), MIXED, folder) == "picture_in_text_model"
+def test_a_model_without_vision_skips_prompts_with_images(folder):
+    assert reason(Processor(oracle.random_model("qwen2")), MIXED, folder) == "image_in_text_model"
 
 
-def test_a_picture_that_cannot_be_had_skips_its_prompt(processor, folder):
-    assert reason(processor, [{"type": "image", "image": "none.png"}], folder) == "missing_picture"
+def test_an_image_that_cannot_be_had_skips_its_prompt(processor, folder):
+    assert reason(processor, [{"type": "image", "image": "none.png"}], folder) == "missing_image"
 
 
 def test_messages_that_the_template_refuses_skip_their_prompt(tmp_path, folder):

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from waiting import wait_until
 
-from lmmr1_jax.data.faults import PictureFault
-from lmmr1_jax.data.prompt_loader import PromptFeeder, encode_all
+from lmmr1_jax.data.faults import ImageFault
+from lmmr1_jax.data.prompt_loader import PromptLoader, encode_all
 from lmmr1_jax.data.prompt_set import PromptCursor
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
+from lmmr1_jax.types.records import EncodedPrompt, Image, Prompt
 
 
 class Encoder:
-    """Encodes a prompt as its row's number, slowly and out of order; every third row has a broken picture."""
+    """Encodes a prompt as its row's number, slowly and out of order; every third row has a broken image."""
 
     def __init__(self, bad=lambda row: row % 3 == 2, pause=0.002):
         self.bad, self.pause, self.started, self.lock = bad, pause, 0, threading.Lock()
@@ -28,18 +28,18 @@ class Encoder:
             self.started += 1
         time.sleep(self.pause * (prompt.row * 7 % 5))
         if self.bad(prompt.row):
-            raise PictureFault("broken_picture", f"row {prompt.row}")
+            raise ImageFault("broken_image", f"row {prompt.row}")
         ids = np.asarray([prompt.row], np.int32)
-        picture = Picture(np.zeros((1, 1, 3), np.uint8), (1, 2, 2), animated=prompt.row == 0)
-        return EncodedPrompt(prompt, ids, np.zeros((3, 1), np.int32), (picture,), np.zeros(0, np.int32), 1)
+        image = Image(np.zeros((1, 1, 3), np.uint8), (1, 2, 2), animated=prompt.row == 0)
+        return EncodedPrompt(prompt, ids, np.zeros((3, 1), np.int32), (image,), np.zeros(0, np.int32), 1)
 
 
 PROMPTS = [Prompt([], "1", str(i), "made", "made.jsonl", i) for i in range(20)]
 
 
-def feeder(encoder=None, skips=None, **options):
+def loader(encoder=None, skips=None, **options):
     cursor = PromptCursor(PROMPTS, seed=5)
-    return PromptFeeder(cursor, encoder or Encoder(), skips or SkipLog(), **options)
+    return PromptLoader(cursor, encoder or Encoder(), skips or SkipLog(), **options)
 
 
 def rows(encoded):
@@ -50,7 +50,7 @@ def rows(encoded):
 def test_order_and_skips_do_not_depend_on_the_threads(workers):
     cursor, skips = PromptCursor(PROMPTS, seed=5), SkipLog()
     drawn = [cursor.next().row for _ in range(45)]
-    made = feeder(skips=skips, workers=workers)
+    made = loader(skips=skips, workers=workers)
     taken = list(itertools.chain(*(rows(made.take(7)) for _ in range(4))))
     good = [row for row in drawn if row % 3 != 2]
     assert taken == good[:28]
@@ -64,12 +64,12 @@ def test_order_and_skips_do_not_depend_on_the_threads(workers):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_a_resumed_feeder_gives_what_the_first_would_have_given(workers):
     first_skips = SkipLog()
-    first = feeder(skips=first_skips, workers=workers)
+    first = loader(skips=first_skips, workers=workers)
     first.take(9)
     state, before = json.loads(json.dumps(first.state())), len(first_skips.records)
     expected = rows(first.take(30))
     second_skips = SkipLog()
-    second = feeder(skips=second_skips, workers=workers)
+    second = loader(skips=second_skips, workers=workers)
     second.take(3)
     second.restore(state)
     since = len(second_skips.records)
@@ -82,7 +82,7 @@ def test_a_resumed_feeder_gives_what_the_first_would_have_given(workers):
 
 def test_no_more_than_so_many_prompts_are_prepared_ahead():
     encoder = Encoder(bad=lambda row: False, pause=0)
-    made = feeder(encoder, workers=2, ahead=4)
+    made = loader(encoder, workers=2, ahead=4)
     made.take(3)
     assert wait_until(lambda: encoder.started >= 3 + 4)
     time.sleep(0.2)
@@ -93,7 +93,7 @@ def test_no_more_than_so_many_prompts_are_prepared_ahead():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_prompt_set_without_anything_usable_ends_with_one_line(workers):
     skips = SkipLog()
-    made = feeder(Encoder(bad=lambda row: True, pause=0), skips, workers=workers)
+    made = loader(Encoder(bad=lambda row: True, pause=0), skips, workers=workers)
     with pytest.raises(UserError, match="made.jsonl: a whole pass over the prompts gave none"):
         made.take(1)
     assert skips.total == len(PROMPTS)
@@ -105,7 +105,7 @@ def test_an_error_that_is_no_fault_of_the_prompt_is_not_swallowed():
         def encode(self, prompt):
             raise UserError("the chat template is broken")
 
-    made = feeder(Broken(), workers=2)
+    made = loader(Broken(), workers=2)
     with pytest.raises(UserError, match="template"):
         made.take(1)
     made.close()

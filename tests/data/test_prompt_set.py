@@ -69,7 +69,7 @@ def test_nested_parquet_columns_are_read(tmp_path):
     rows = [{"conversation": [{"role": "user", "content": parts}], "solution": 3}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set.parquet")
     (prompt,) = read_prompts(
-        tmp_path / "set.parquet", message_key="conversation", answer_key="solution", skips=SkipLog()
+        tmp_path / "set.parquet", prompt_key="conversation", answer_key="solution", skips=SkipLog()
     )
     assert prompt.messages == [{"role": "user", "content": parts}] and prompt.label == "3"
 

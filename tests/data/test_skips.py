@@ -22,15 +22,15 @@ def test_resuming_cuts_the_record_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "skipped.jsonl"
     first = SkipLog(path)
     first.add("set", 1, "bad_json", "at load")
-    first.add("set", 2, "broken_picture", "before the checkpoint")
+    first.add("set", 2, "broken_image", "before the checkpoint")
     state = json.loads(json.dumps(first.state()))
-    first.add("set", 3, "broken_picture", "after it")
+    first.add("set", 3, "broken_image", "after it")
     resumed = SkipLog(path, keep=True)
     resumed.add("set", 1, "bad_json", "at load")
     resumed.restore(state)
     assert [r["row"] for r in lines(path)] == [1, 2]
-    assert resumed.counts == {"bad_json": 1, "broken_picture": 1}
-    resumed.add("set", 3, "broken_picture", "after it")
+    assert resumed.counts == {"bad_json": 1, "broken_image": 1}
+    resumed.add("set", 3, "broken_image", "after it")
     assert [r["row"] for r in lines(path)] == [1, 2, 3]
 
 

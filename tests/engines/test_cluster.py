@@ -20,14 +20,14 @@ pytest.importorskip("vllm")
 from lmmr1_jax.config.command_line import parse_train_config  # noqa: E402
 from lmmr1_jax.data.skips import SkipLog  # noqa: E402
 from lmmr1_jax.run.policy import assemble_policy
-from lmmr1_jax.run.setup import build_feeder, read_data  # noqa: E402
+from lmmr1_jax.run.setup import build_prompt_loader, read_data  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 STEPS, PROMPTS, STALENESS = 16, 4, 2
 SMALL = (
-    f"--config configs/rloo_vllm.py --run.steps {STEPS} --rollout.prompts {PROMPTS} --rollout.completions 2 "
+    f"--config configs/demo/rloo_vllm.py --run.steps {STEPS} --rollout.prompts {PROMPTS} --rollout.completions 2 "
     f"--rollout.max-new-tokens 32 --rollout.staleness {STALENESS} --eval.size 2 --checkpoint.every 2 "
-    f"--tracking.samples {PROMPTS} --tracking.tensorboard False --vllm.cpus 1 --vllm.max-sequences 16 "
+    f"--tracking.samples {PROMPTS} --tracking.tensorboard False --vllm.cpus 1 --vllm.max-num-seqs 16 "
     "--vllm.kv-cache-gib 0.125"
 ).split()
 SOON = 20.0
@@ -155,8 +155,9 @@ def test_a_run_that_is_killed_robbed_and_interrupted_goes_on_as_if_it_had_not_be
     records = lines(folder / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     # The first step after a resume is sampled by the weights that were resumed, and by no others.
-    assert [records[done]["lag/mean"], records[done]["lag/max"]] == [0, 0]
-    assert all(0 <= record["lag/mean"] <= record["lag/max"] <= STALENESS for record in records)
+    assert [records[done]["off_policy_steps/mean"], records[done]["off_policy_steps/max"]] == [0, 0]
+    off_policy = [(record["off_policy_steps/mean"], record["off_policy_steps/max"]) for record in records]
+    assert all(0 <= mean <= most <= STALENESS for mean, most in off_policy)
     assert all(record.get("gap/max", 0) < 1e-3 for record in records)  # not measured where it was interrupted
     assert sum("gap/max" in record for record in records) >= STEPS - 2
     seen = [sample["prompt_id"] for sample in lines(folder / "samples.jsonl")]
@@ -167,9 +168,9 @@ def prompts_of_an_uninterrupted_run(folder: Path) -> list[str]:
     config = parse_train_config([*SMALL, "--run.dir", str(folder)])
     policy = assemble_policy(config)
     prompts, _ = read_data(config, policy.processor, None, SkipLog())
-    feeder = build_feeder(config, prompts, policy.processor, SkipLog())
-    taken = [encoded.prompt.prompt_id for encoded in feeder.take(STEPS * PROMPTS)]
-    feeder.close()
+    loader = build_prompt_loader(config, prompts, policy.processor, SkipLog())
+    taken = [encoded.prompt.prompt_id for encoded in loader.take(STEPS * PROMPTS)]
+    loader.close()
     return taken
 
 

@@ -17,7 +17,7 @@ TINY_MODEL = ROOT / "lmmr1_jax" / "assets" / "tiny"
 
 @pytest.fixture
 def data(tmp_path):
-    """A picture; one that is thinner than vLLM would resize when it is cut into patches; two in one prompt."""
+    """An image; one that is thinner than vLLM would resize when it is cut into patches; two in one prompt."""
     for name, size in (("red", (64, 64)), ("thin", (8200, 41))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     with open(tmp_path / "prompts.jsonl", "w") as file:
@@ -34,11 +34,11 @@ def generate(data, name: str, *flags: str) -> subprocess.CompletedProcess:
 
 
 def test_generate_says_the_same_by_either_sampler_and_an_error_for_what_an_engine_does_not_take(data):
-    for name, flags in (("jax", ["--sampler", "jax"]), ("vllm", ["--sampler", "vllm", "--pictures", "1"])):
+    for name, flags in (("jax", ["--sampler", "jax"]), ("vllm", ["--sampler", "vllm", "--max-images", "1"])):
         done = generate(data, name, *flags, "--temperature", "0", "--seed", "-1")
         assert done.returncode == 0, done.stderr
     own, engines = lines(data.parent / "jax"), lines(data.parent / "vllm")
-    assert engines[2] == {"index": 2, "error": "too_many_pictures: 2 pictures, the sampler takes 1"} and len(own) == 3
+    assert engines[2] == {"index": 2, "error": "too_many_images: 2 images, the sampler takes 1"} and len(own) == 3
     for ours, theirs in zip(own[:2], engines[:2], strict=True):
         assert ours["prompt_token_ids"] == theirs["prompt_token_ids"]
         ((one,), (other,)) = ours["completions"], theirs["completions"]
@@ -55,8 +55,8 @@ def test_a_temperature_that_vllm_would_change_is_one_line_before_anything_starts
 def test_a_run_whose_prompt_is_refused_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
     done = train(
         tmp_path / "run",
-        *"--config configs/rloo_vllm.py --run.steps 2 --rollout.prompts 2 --rollout.completions 2".split(),
-        *"--eval.size 0 --vllm.cpus 1 --vllm.max-sequences 16 --vllm.kv-cache-gib 0.125".split(),
+        *"--config configs/demo/rloo_vllm.py --run.steps 2 --rollout.prompts 2 --rollout.completions 2".split(),
+        *"--eval.size 0 --vllm.cpus 1 --vllm.max-num-seqs 16 --vllm.kv-cache-gib 0.125".split(),
         *("--vllm.arguments", json.dumps({"limit_mm_per_prompt": {"image": 0}})),
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

@@ -6,9 +6,9 @@ import pytest
 pytest.importorskip("vllm")
 
 import engine_cases as cases  # noqa: E402
-from picture_prompts import SIZES, prompt  # noqa: E402
+from image_prompts import SIZES, prompt  # noqa: E402
 
-from lmmr1_jax.data.pictures import MAX_ASPECT_RATIO, final_size  # noqa: E402
+from lmmr1_jax.data.images import MAX_ASPECT_RATIO, final_size  # noqa: E402
 from lmmr1_jax.rollout.local.scoring import Scorer  # noqa: E402
 
 CLOSE = 1e-4
@@ -42,7 +42,7 @@ def test_banned_tokens_never_come_where_they_are_the_likeliest_by_far(engine, st
     assert np.mean(left < 0.01) > 0.5
 
 
-def test_a_picture_that_patches_make_thinner_than_vllm_would_resize_is_taken_as_it_is(engine, student):
+def test_an_image_that_patches_make_thinner_than_vllm_would_resize_is_taken_as_it_is(engine, student):
     height, width = final_size(41, 8200, 3136, 1_003_520, 28)
     assert 8200 / 41 <= MAX_ASPECT_RATIO < width / height
     params = student.policy.load()

@@ -18,7 +18,8 @@ SOON = 45.0  # Ray may take 30 to end a cluster that it has just begun
 
 
 def begin(folder, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lmmr1_jax.train", "--config", "configs/rloo_vllm.py", "--run.dir", str(folder)]
+    config = "configs/demo/rloo_vllm.py"
+    command = [sys.executable, "-m", "lmmr1_jax.train", "--config", config, "--run.dir", str(folder)]
     return subprocess.Popen(
         [*command, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

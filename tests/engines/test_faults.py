@@ -23,7 +23,7 @@ from lmmr1_jax.tasks.shapes import shape_prompts  # noqa: E402
 from weights_bridge.stream import Piece  # noqa: E402
 
 TOKENS = 48
-VLLM = dict(cpus=1, max_sequences=16, kv_cache_gib=0.125, pictures=1, bucket_mib=1, sync_timeout=120.0)
+VLLM = dict(cpus=1, max_num_seqs=16, kv_cache_gib=0.125, max_images=1, bucket_mib=1, sync_timeout=120.0)
 
 
 def config(**vllm) -> TrainConfig:
@@ -126,11 +126,11 @@ def test_a_killed_engine_costs_no_completion_and_is_replaced_by_another_one_with
     drawn = of_each_engine()
     pids = {info.pid for info in case.fleet.infos}
     replaced = case.fleet.replaced
-    ticket = case.submit()
-    while ticket.missing > 80:  # it has given something, and has been asked for more
+    handle = case.submit()
+    while handle.missing > 80:  # it has given something, and has been asked for more
         time.sleep(0.01)
     os.kill(case.fleet.infos[1].pid, signal.SIGKILL)
-    case.check(case.sampler.collect(ticket), 0, 0)
+    case.check(case.sampler.collect(handle), 0, 0)
     assert case.fleet.replaced == replaced + 1
     case.await_both()
     assert len(pids & {info.pid for info in case.fleet.infos}) == 1
@@ -141,7 +141,7 @@ def test_a_killed_engine_costs_no_completion_and_is_replaced_by_another_one_with
 
 def test_an_update_that_is_cut_off_leaves_no_engine_with_half_of_it(case):
     pids = case.await_both()
-    case.sampler.forget()
+    case.sampler.release_params()
     stream = case.sampler.stream(case.weights[1])
 
     class CutOff:
@@ -167,7 +167,7 @@ def test_an_update_that_is_cut_off_leaves_no_engine_with_half_of_it(case):
 
 def test_an_update_that_engines_refuse_is_none_and_the_next_ones_have_the_whole(case):
     case.await_both()
-    case.sampler.forget()
+    case.sampler.release_params()
     stream = case.sampler.stream(case.weights[0])
 
     class Strange:

@@ -1,9 +1,9 @@
 """Engines follow a learner through five updates, and stand where vLLM would stand that had never known other weights.
 
 Comparing an engine with itself, or with the learner at a single version, would not do: vLLM can go on with a tied
-head that is as old as its start, with picture features of a vision tower that is no more, and with statistics of
+head that is as old as its start, with image features of a vision tower that is no more, and with statistics of
 pixels that no checkpoint holds. So there are two families of models, tied and untied, prompts with and without
-pictures, and, after the fifth update, three that had no part in any of it: an engine that is given the last weights
+images, and, after the fifth update, three that had no part in any of it: an engine that is given the last weights
 and no others, vLLM with its own loader over the exported checkpoint, and transformers.
 """
 
@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 import engine_cases as cases  # noqa: E402
 import oracle  # noqa: E402
 import ray  # noqa: E402
-from picture_prompts import SIZES, prompt, vision_arguments  # noqa: E402
+from image_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
 from lmmr1_jax.rollout.engines.open import open_sampler  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
@@ -84,8 +84,8 @@ def history(request, cluster, tmp_path_factory) -> History:
             greedy.append(likeliest(engine, prompts))
             builtin.append(likeliest(student.policy.sampler, prompts))
             if version < cases.UPDATES:
-                engine.forget()
-                student.policy.sampler.forget()
+                engine.release_params()
+                student.policy.sampler.release_params()
                 state, metrics = learner.update(state, student.pack(cases.rewarded(sampled, seed=version)))
                 assert not metrics["skipped_updates"]
         fresh.load(state.params, cases.UPDATES)
@@ -108,8 +108,8 @@ def as_plain_vllm_takes_them(prompts, processor):
     given = []
     for encoded in prompts:
         given.append({"prompt_token_ids": cases.short_ids(encoded).tolist()})
-        if encoded.pictures:
-            given[-1]["multi_modal_data"] = {"image": [Image.fromarray(p.pixels) for p in encoded.pictures]}
+        if encoded.images:
+            given[-1]["multi_modal_data"] = {"image": [Image.fromarray(p.pixels) for p in encoded.images]}
     allowed = [token for token in range(oracle.VOCABULARY) if token not in processor.banned_ids]
     return given, allowed, list(processor.end_ids), NEW_TOKENS
 

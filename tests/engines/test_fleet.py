@@ -27,7 +27,7 @@ from weights_bridge.stream import Piece, TensorSpec  # noqa: E402
 from weights_bridge.transports.host import HostTransport  # noqa: E402
 
 PATIENT = FleetSettings(
-    engines=2, max_sequences=8, start_timeout=60.0, sync_timeout=60.0, request_timeout=60.0, restarts=3
+    engines=2, max_num_seqs=8, start_timeout=60.0, sync_timeout=60.0, request_timeout=60.0, restarts=3
 )
 QUICK = 3.0
 """Seconds for what must time out, on a machine that may be busy."""
@@ -96,26 +96,26 @@ def test_groups_come_whole_and_once_while_engines_are_killed_again_and_again(fle
     killed: list[int] = []
     for version in (0, 1, 2):
         asked = requests(40, tokens=150, prefix=f"v{version}-")
-        ticket = fleet.submit(asked)
+        handle = fleet.submit(asked)
         ended = threading.Event()
 
-        def kill_some(ticket=ticket, ended=ended) -> None:
+        def kill_some(handle=handle, ended=ended) -> None:
             # One more, and the same group could have been there each time and be blamed for it.
             left = [30, 20, 10][: MOST_ATTEMPTS - 1]
             while left and not ended.wait(0.005):
                 alive = [info.pid for info in fleet.infos if info.pid not in killed]
-                if ticket.missing <= left[0] and alive:
+                if handle.missing <= left[0] and alive:
                     killed.append(rng.choice(alive))
                     os.kill(killed[-1], signal.SIGKILL)
                     left.pop(0)
 
         killer = threading.Thread(target=kill_some)
         killer.start()
-        groups = fleet.collect(ticket)
+        groups = fleet.collect(handle)
         ended.set()
         killer.join()
         assert_whole(asked, groups, version)
-        fleet.forget()
+        fleet.release_params()
         fleet.load(ThreeBuckets(), version + 1)
     assert len(killed) == 3 * (MOST_ATTEMPTS - 1) == fleet.replaced
 
@@ -166,10 +166,10 @@ def test_an_engine_that_hangs_is_replaced_and_its_process_ends(fleets):
     await_engines(fleet, 2)
     # The other one answers all the while: many short groups, of which none must be what keeps the watch waiting.
     asked = requests(300, tokens=200)
-    ticket = fleet.submit(asked)
+    handle = fleet.submit(asked)
     hanging = fleet.infos[0].pid
     os.kill(hanging, signal.SIGSTOP)
-    assert_whole(asked, fleet.collect(ticket), 0)
+    assert_whole(asked, fleet.collect(handle), 0)
     assert fleet.replaced == 1 and "vllm.request_timeout" in fleet.said[0]
     assert gone(hanging)
 
@@ -179,7 +179,7 @@ def test_a_late_engine_joins_with_the_current_weights(fleets, tmp_path):
     fleet.load(ThreeBuckets(), 0)
     assert len(fleet.infos) == 1
     assert_whole(requests(4), fleet.collect(fleet.submit(requests(4))), 0)
-    fleet.forget()
+    fleet.release_params()
     fleet.load(ThreeBuckets(), 7)
     (tmp_path / "now").touch()
     await_engines(fleet, 2)
@@ -202,20 +202,20 @@ def test_a_sync_that_breaks_in_the_middle_costs_one_engine_and_no_group(fleets, 
 
 
 def test_engines_sample_ahead_across_a_sync_and_each_token_knows_its_weights(fleets):
-    for within in (True, False):
+    for in_flight in (True, False):
         fleet = fleets()
         fleet.load(ThreeBuckets(), 0)
         await_engines(fleet, 2)
         asked = requests(8, tokens=2000)
-        ticket = fleet.submit(asked)
+        handle = fleet.submit(asked)
         time.sleep(0.2)
         os.kill(fleet.infos[0].pid, signal.SIGKILL)
-        fleet.forget()
-        fleet.load(ThreeBuckets(), 1, within=within)
-        groups = fleet.collect(ticket)
+        fleet.release_params()
+        fleet.load(ThreeBuckets(), 1, in_flight=in_flight)
+        groups = fleet.collect(handle)
         versions = [set(completion.policy_version.tolist()) for group in groups for completion in group]
         assert all(seen <= {0, 1} for seen in versions) and {1} in versions
-        assert within == ({0, 1} in versions)
+        assert in_flight == ({0, 1} in versions)
 
 
 def test_engines_that_slept_get_weights_before_they_sample_again(fleets):
@@ -227,10 +227,10 @@ def test_engines_that_slept_get_weights_before_they_sample_again(fleets):
     asked = requests(4)
     assert_whole(asked, fleet.collect(fleet.submit(asked)), 0)
     fleet.sleep()
-    fleet.forget()
-    ticket = fleet.submit(asked)
+    fleet.release_params()
+    handle = fleet.submit(asked)
     fleet.load(ThreeBuckets(), 1)
-    assert_whole(asked, fleet.collect(ticket), 1)
+    assert_whole(asked, fleet.collect(handle), 1)
     assert fleet.replaced == 0
 
 
@@ -308,12 +308,12 @@ def test_waiting_ends_when_the_run_is_stopped(fleets, waits):
     fleet = fleets(faults, engines=1, check=check)
     if waits == "for groups":
         fleet.load(ThreeBuckets(), 0)
-        ticket = fleet.submit(requests(1, tokens=100_000))
+        handle = fleet.submit(requests(1, tokens=100_000))
     threading.Timer(1.0, stopped.set).start()
     started = time.monotonic()
     with pytest.raises(Stopped):
         if waits == "for groups":
-            fleet.collect(ticket)
+            fleet.collect(handle)
         else:
             fleet.load(ThreeBuckets(), 0)
     assert time.monotonic() - started < 10

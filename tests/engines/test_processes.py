@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 import engine_cases as cases  # noqa: E402
 import oracle  # noqa: E402
 import ray  # noqa: E402
-from picture_prompts import SIZES, prompt, vision_arguments  # noqa: E402
+from image_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
 from lmmr1_jax.data.processor import Processor  # noqa: E402
 from lmmr1_jax.rollout.engines.protocol import GroupRequest  # noqa: E402
@@ -77,8 +77,8 @@ def test_an_engine_starts_takes_weights_and_samples_without_jax(tmp_path):
     encoded = prompt(processor, SIZES[1], 1)
     sent = cases.stream(folder, load(folder))
     tensors = {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in sent}
-    pictures = tuple(picture.pixels for picture in encoded.pictures)
-    request = GroupRequest("alone", encoded.token_ids, cases.short_ids(encoded), pictures, 1, 8, temperature=0.0)
+    images = tuple(image.pixels for image in encoded.images)
+    request = GroupRequest("alone", encoded.token_ids, cases.short_ids(encoded), images, 1, 8, temperature=0.0)
     given = cases.engine_settings(folder), cases.side_files(folder), cases.announcement(folder, sent), tensors, request
     (tmp_path / "parts").write_bytes(pickle.dumps(given))
     token_ids, loaded = last_line(ENGINE, str(tmp_path / "parts"))
@@ -94,8 +94,8 @@ def test_an_engine_starts_takes_weights_and_samples_without_jax(tmp_path):
 
 def test_a_run_with_vllm_imports_no_vllm_and_needs_no_torch_beside_the_learner(tmp_path):
     flags = (
-        "--config configs/rloo_vllm.py --run.steps 1 --rollout.prompts 2 --rollout.completions 2 --eval.size 1 "
-        "--vllm.cpus 1 --vllm.max-sequences 16 --vllm.kv-cache-gib 0.1 --run.dir"
+        "--config configs/demo/rloo_vllm.py --run.steps 1 --rollout.prompts 2 --rollout.completions 2 --eval.size 1 "
+        "--vllm.cpus 1 --vllm.max-num-seqs 16 --vllm.kv-cache-gib 0.1 --run.dir"
     ).split()
     status, loaded = last_line(LEARNER, *flags, str(tmp_path / "run"))
     assert (status, loaded) == (0, ["jax", "ray"])

@@ -7,7 +7,7 @@ pytest.importorskip("vllm")
 
 import engine_cases as cases  # noqa: E402
 import ray  # noqa: E402
-from picture_prompts import prompt  # noqa: E402
+from image_prompts import prompt  # noqa: E402
 
 from lmmr1_jax.data.processor import Processor  # noqa: E402
 from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings  # noqa: E402
@@ -86,7 +86,7 @@ def test_a_fleet_whose_engines_have_another_model_ends_with_the_reason(cluster):
     announced = live.announcement()
     fleet = Fleet(
         FleetSettings(
-            engines=1, max_sequences=8, start_timeout=100.0, sync_timeout=100.0, request_timeout=100.0, restarts=0
+            engines=1, max_num_seqs=8, start_timeout=100.0, sync_timeout=100.0, request_timeout=100.0, restarts=0
         ),
         lambda place, made_before: live.handle,
         HostTransport(bucket_bytes=1 << 20),

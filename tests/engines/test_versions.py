@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import engine_cases as cases  # noqa: E402
-from picture_prompts import SIZES, prompt  # noqa: E402
+from image_prompts import SIZES, prompt  # noqa: E402
 
 LONG = 800
 CLOSE = 1e-4
@@ -23,7 +23,7 @@ def weights(student):
 
 
 @pytest.fixture(scope="module")
-def pictured(student):
+def with_images(student):
     return prompt(student.policy.processor, SIZES[2], 2)
 
 
@@ -35,19 +35,19 @@ def assert_sampled_by(params, instead_of, rollout, student):
         assert np.abs(wrong - right).mean() > 0.1
 
 
-def test_a_completion_goes_on_under_the_weights_that_reach_it_in_its_midst(engine, student, weights, pictured):
+def test_a_completion_goes_on_under_the_weights_that_reach_it_in_its_midst(engine, student, weights, with_images):
     # Only the head changes: keys and values that were kept are then what the new weights would have made.
     old, new, _ = weights
     before = engine.sync(old)
-    running = engine.in_the_midst(pictured, 2, LONG)
+    running = engine.in_the_midst(with_images, 2, LONG)
     engine.ask("begin_update", True)
-    waiting = engine.begin(pictured, 1, 4, urgent=True, ignore_ends=True)
+    waiting = engine.begin(with_images, 1, 4, urgent=True, ignore_ends=True)
     assert not cases.finished(waiting, 1.5)
     engine.send(new)
     assert not cases.finished(waiting, 0.5) and not cases.finished(running)
     after = engine.next_version()
     engine.ask("finish_update", after)
-    rollout = cases.group(pictured, running)
+    rollout = cases.group(with_images, running)
     under_old, under_new = (student.log_probs(params, [rollout]) for params in (old, new))
     for completion, as_old, as_new in zip(rollout.completions, under_old, under_new, strict=True):
         versions = completion.policy_version
@@ -55,40 +55,40 @@ def test_a_completion_goes_on_under_the_weights_that_reach_it_in_its_midst(engin
         later = versions == after
         np.testing.assert_allclose(completion.log_probs, np.where(later, as_new, as_old), atol=CLOSE)
         assert np.abs(as_new - as_old)[later].mean() > 0.1 < np.abs(as_new - as_old)[~later].mean()
-    assert (cases.group(pictured, waiting).completions[0].policy_version == after).all()
+    assert (cases.group(with_images, waiting).completions[0].policy_version == after).all()
 
 
 def test_a_group_begun_after_the_sync_has_nothing_of_the_old_weights_while_another_runs_on(
-    engine, student, weights, pictured
+    engine, student, weights, with_images
 ):
     old, _, new = weights
     engine.sync(old)
-    assert_sampled_by(old, new, engine.sample(pictured, 2, 12), student)  # its prefix and pictures are cached now
-    running = engine.in_the_midst(pictured, 2, 4 * LONG)
-    after = engine.sync(new, within=True)
-    rollout = engine.sample(pictured, 2, 12)
+    assert_sampled_by(old, new, engine.sample(with_images, 2, 12), student)  # its prefix and images are cached now
+    running = engine.in_the_midst(with_images, 2, 4 * LONG)
+    after = engine.sync(new, in_flight=True)
+    rollout = engine.sample(with_images, 2, 12)
     assert not cases.finished(running)
     assert_sampled_by(new, old, rollout, student)
     assert all((completion.policy_version == after).all() for completion in rollout.completions)
-    assert cases.group(pictured, running).completions[0].policy_version[-1] == after
+    assert cases.group(with_images, running).completions[0].policy_version[-1] == after
 
 
-def test_an_update_between_completions_waits_for_their_end_and_others_wait_for_it(engine, student, weights, pictured):
+def test_a_draining_update_waits_for_completions_to_end_and_others_wait_for_it(engine, student, weights, with_images):
     old, _, new = weights
     before = engine.sync(old)
-    running = engine.in_the_midst(pictured, 2, LONG)
+    running = engine.in_the_midst(with_images, 2, LONG)
     beginning = engine.handle.begin_update.remote(False)
-    waiting = engine.begin(pictured, 2, 12, urgent=True)
+    waiting = engine.begin(with_images, 2, 12, urgent=True)
     cases.finished(beginning, cases.PATIENCE)
     assert cases.finished(running, 5.0)
-    rollout = cases.group(pictured, running)
+    rollout = cases.group(with_images, running)
     assert all((completion.policy_version == before).all() for completion in rollout.completions)
     assert_sampled_by(old, new, rollout, student)
     engine.send(new)
     assert not cases.finished(waiting, 1.0)
     after = engine.next_version()
     engine.ask("finish_update", after)
-    rollout = cases.group(pictured, waiting)
+    rollout = cases.group(with_images, waiting)
     assert all((completion.policy_version == after).all() for completion in rollout.completions)
     assert_sampled_by(new, old, rollout, student)
 

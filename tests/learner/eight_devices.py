@@ -21,7 +21,7 @@ from lmmr1_jax.runtime.compilation import CompilationCounter
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(
-    row_length=64, response_slots=32, rows=8, picture_rows=8, picture_slots=64, micro_batches=2,
+    row_length=64, response_slots=32, rows=8, image_rows=8, image_slots=64, micro_batches=2,
     share_prompts=False, pack=False, row_devices=8,
 )  # fmt: skip
 MESHES = {"one": (1, 1, 1), "data and tensor": (2, 1, 2), "fsdp": (1, 8, 1), "all": (2, 2, 2)}

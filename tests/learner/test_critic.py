@@ -18,7 +18,7 @@ from lmmr1_jax.parallel.sharding import make_mesh
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(
-    row_length=64, response_slots=32, rows=2, picture_rows=4, picture_slots=64, micro_batches=6,
+    row_length=64, response_slots=32, rows=2, image_rows=4, image_slots=64, micro_batches=6,
     share_prompts=True, pack=True,
 )  # fmt: skip
 BACKBONES = pytest.mark.parametrize("backbone", ["own", "shared"])
@@ -85,7 +85,7 @@ def dense_values(params, score, inputs):
     """Every completion alone behind its own prompt: `[completions, length]`, at each token the state before it."""
     network = setting()[0]
     model = network.bind(params)
-    x = model.embed(inputs["tokens"], inputs["slots"], model.encode_pictures(inputs["vision"]))
+    x = model.embed(inputs["tokens"], inputs["slots"], model.encode_images(inputs["vision"]))
     hidden = model.hidden(x, inputs["positions"], inputs["segments"], inputs["segments"])
     return jnp.roll((hidden @ score)[..., 0], 1, 1)
 

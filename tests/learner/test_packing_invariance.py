@@ -16,7 +16,7 @@ from weights_bridge.tensor_table import layout, logical_axes
 
 # Large enough for every way of packing: one shape, one compiled program.
 SHAPES = PackShapes(
-    row_length=64, response_slots=32, rows=2, picture_rows=4, picture_slots=64, micro_batches=6,
+    row_length=64, response_slots=32, rows=2, image_rows=4, image_slots=64, micro_batches=6,
     share_prompts=True, pack=True,
 )  # fmt: skip
 

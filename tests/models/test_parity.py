@@ -14,7 +14,7 @@ import oracle  # noqa: E402
 from lmmr1_jax.models.config import read_config  # noqa: E402
 from lmmr1_jax.models.network import build, layer_params  # noqa: E402
 from lmmr1_jax.models.positions import prompt_positions  # noqa: E402
-from lmmr1_jax.models.vision_batch import pack_pictures  # noqa: E402
+from lmmr1_jax.models.vision_batch import pack_images  # noqa: E402
 
 SLOTS = 512
 VISION_ROWS = 2
@@ -36,10 +36,10 @@ def compiled(network_id):
     network = _networks[network_id]
 
     @jax.jit
-    def logits(params, tokens, positions, segments, prefixes, picture_slots, vision):
+    def logits(params, tokens, positions, segments, prefixes, image_slots, vision):
         model = network.bind(params)
-        features = None if vision is None else model.encode_pictures(vision)
-        hidden = model.hidden(model.embed(tokens, picture_slots, features), positions, segments, prefixes)
+        features = None if vision is None else model.encode_images(vision)
+        hidden = model.hidden(model.embed(tokens, image_slots, features), positions, segments, prefixes)
         return hidden @ model.head_embedding().T
 
     return logits
@@ -55,7 +55,7 @@ def logits_of(folder, row, patches=(), grids=()):
     length = len(row["tokens"])
     vision, slots = None, np.full(LENGTH, -1, np.int32)
     if network.config.vision is not None:
-        vision, token_slots = pack_pictures(
+        vision, token_slots = pack_images(
             list(zip(patches, grids, strict=True)), network.config.vision, slots=SLOTS, rows=VISION_ROWS
         )
         ids = np.asarray(row["tokens"])
@@ -91,7 +91,7 @@ def interleaved(grids, token="<|image_pad|>", seed=0):
     return tokens
 
 
-PICTURES = {
+IMAGES = {
     "one window exactly": [(1, 8, 8)],
     "a single token": [(1, 2, 2)],
     "odd sizes": [(1, 6, 10)],
@@ -113,15 +113,15 @@ def test_text_logits_equal_transformers(tied):
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_picture_logits_equal_transformers(kind, tied):
+def test_image_logits_equal_transformers(kind, tied):
     folder = oracle.random_model(kind, tied)
-    for name, grids in PICTURES.items():
+    for name, grids in IMAGES.items():
         tokens, patches = interleaved(grids), oracle.random_patches(grids)
         ours = logits_of(folder, plain_row(folder, tokens, grids), patches, grids)
         theirs = oracle.hf_logits(oracle.load_model(folder), tokens, patches=patches, grids=grids)
         assert np.abs(ours - theirs).max() < TOLERANCE, name
         blind = logits_of(folder, plain_row(folder, tokens, grids), [0 * p for p in patches], grids)
-        assert np.abs(blind - theirs).max() > 0.01, f"{name}: the picture makes no difference"
+        assert np.abs(blind - theirs).max() > 0.01, f"{name}: the image makes no difference"
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
@@ -234,15 +234,15 @@ def test_remat_policies_change_neither_loss_nor_gradient():
     results = []
     for remat in ("none", "attention", "full"):
         network, params = network_and_params(folder, remat)
-        vision, (slots,) = pack_pictures(
+        vision, (slots,) = pack_images(
             [(oracle.random_patches(grids)[0], grids[0])], network.config.vision, slots=128
         )
-        picture_slots = np.full((1, len(tokens)), -1)
-        picture_slots[0, tokens == network.config.image_token_id] = slots
+        image_slots = np.full((1, len(tokens)), -1)
+        image_slots[0, tokens == network.config.image_token_id] = slots
 
-        def loss(params, network=network, vision=vision, picture_slots=picture_slots):
+        def loss(params, network=network, vision=vision, image_slots=image_slots):
             model = network.bind(params)
-            x = model.embed(tokens[None], picture_slots, model.encode_pictures(vision))
+            x = model.embed(tokens[None], image_slots, model.encode_images(vision))
             ones = np.ones_like(tokens)[None]
             return jnp.mean(jnp.sin(model.hidden(x, row["positions"][:, None], ones, ones)))
 

@@ -26,7 +26,7 @@ def theirs(folder, token_ids, images, videos, seconds):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_equal_transformers_for_pictures_and_videos(kind):
+def test_positions_equal_transformers_for_images_and_videos(kind):
     pytest.importorskip("torch")
     import oracle
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.models.config import VisionConfig
-from lmmr1_jax.models.vision_batch import pack_pictures, slots_needed, unit_places
+from lmmr1_jax.models.vision_batch import pack_images, slots_needed, unit_places
 
 
 def tower(window_size: int | None) -> VisionConfig:
@@ -31,9 +31,9 @@ def test_units_stand_window_by_window_each_at_its_own_place():
 def test_every_merged_token_finds_its_own_four_patches(window):
     config = tower(window)
     grids = [(1, 6, 10), (1, 2, 2), (3, 8, 4), (1, 14, 6)]
-    pictures = [marked(grid, 1000.0 * (i + 1)) for i, grid in enumerate(grids)]
+    images = [marked(grid, 1000.0 * (i + 1)) for i, grid in enumerate(grids)]
     slots = 8 * config.window_slots if window else 144
-    batch, token_slots = pack_pictures(pictures, config, slots=slots)
+    batch, token_slots = pack_images(images, config, slots=slots)
     merged = batch.patches[..., 0].reshape(-1, 4)
     for i, (grid, places) in enumerate(zip(grids, token_slots, strict=True)):
         assert len(places) == np.prod(grid) // 4
@@ -44,22 +44,22 @@ def test_every_merged_token_finds_its_own_four_patches(window):
 
 def test_frames_are_segments_and_rows_number_them_anew():
     config = tower(112)
-    batch, _ = pack_pictures([marked((2, 8, 8), 0), marked((1, 4, 4), 0), marked((1, 8, 8), 0)], config, slots=192)
+    batch, _ = pack_images([marked((2, 8, 8), 0), marked((1, 4, 4), 0), marked((1, 8, 8), 0)], config, slots=192)
     counts = [np.bincount(row, minlength=4).tolist() for row in batch.segment_ids]
     assert counts == [[48, 64, 64, 16], [128, 64, 0, 0]]
 
 
 def test_coordinates_follow_the_merge_units():
     config = tower(None)
-    batch, _ = pack_pictures([marked((1, 4, 4), 0)], config, slots=16)
+    batch, _ = pack_images([marked((1, 4, 4), 0)], config, slots=16)
     expected = [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
     np.testing.assert_array_equal(batch.coordinates[0, :8], expected)
 
 
-def test_pictures_go_to_the_first_row_with_room():
+def test_images_go_to_the_first_row_with_room():
     config = tower(112)
-    pictures = [marked((1, 8, 8), 1), marked((1, 8, 16), 100), marked((1, 8, 8), 1000)]
-    batch, token_slots = pack_pictures(pictures, config, slots=128, rows=3)
+    images = [marked((1, 8, 8), 1), marked((1, 8, 16), 100), marked((1, 8, 8), 1000)]
+    batch, token_slots = pack_images(images, config, slots=128, rows=3)
     assert batch.patches.shape == (3, 128, 1176)
     assert [int(places[0]) for places in token_slots] == [0, 32, 16]
     assert not batch.segment_ids[2].any()
@@ -68,8 +68,8 @@ def test_pictures_go_to_the_first_row_with_room():
 def test_what_does_not_fit_is_an_error():
     config = tower(112)
     with pytest.raises(ValueError, match="needs 256 slots"):
-        pack_pictures([marked((1, 16, 16), 0)], config, slots=128)
+        pack_images([marked((1, 16, 16), 0)], config, slots=128)
     with pytest.raises(ValueError, match="need 2 vision rows"):
-        pack_pictures([marked((1, 8, 8), 0)] * 2, config, slots=64, rows=1)
+        pack_images([marked((1, 8, 8), 0)] * 2, config, slots=64, rows=1)
     with pytest.raises(ValueError, match="multiple of 64"):
-        pack_pictures([], config, slots=100)
+        pack_images([], config, slots=100)

@@ -10,7 +10,7 @@ from lmmr1_jax.config.schema import LearnerConfig
 from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes, scatter
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Rollout
 
 IMAGE = 999
 VISION = VisionConfig(
@@ -20,10 +20,10 @@ VISION = VisionConfig(
 )  # fmt: skip
 
 
-def patches_of(picture):
-    """Recognisable patches: picture number and patch number."""
-    count = int(np.prod(picture.grid_thw))
-    numbers = int(picture.pixels[0, 0, 0]) * 1000 + np.arange(count, dtype=np.float32)
+def patches_of(image):
+    """Recognisable patches: image number and patch number."""
+    count = int(np.prod(image.grid_thw))
+    numbers = int(image.pixels[0, 0, 0]) * 1000 + np.arange(count, dtype=np.float32)
     return np.broadcast_to(numbers[:, None], (count, VISION.patch_values))
 
 
@@ -35,10 +35,10 @@ def group(rng, number, *, text, lengths, grids=(), advantages=True):
         slots += range(len(ids), len(ids) + merged)
         ids += [IMAGE] * merged + [1000 * (number + 1) + 500]
     positions = np.sort(rng.integers(0, 50, (3, len(ids))), axis=1).astype(np.int32)
-    pictures = tuple(Picture(np.full((1, 1, 1), 10 * number + i, np.uint8), grid) for i, grid in enumerate(grids))
+    images = tuple(Image(np.full((1, 1, 1), 10 * number + i, np.uint8), grid) for i, grid in enumerate(grids))
     prompt = Prompt([], None, str(number), "made", "made", number)
     encoded = EncodedPrompt(
-        prompt, np.asarray(ids, np.int32), positions, pictures, np.asarray(slots, np.int32), int(positions.max()) + 1
+        prompt, np.asarray(ids, np.int32), positions, images, np.asarray(slots, np.int32), int(positions.max()) + 1
     )
     completions = tuple(
         Completion(rng.integers(0, 900, n).astype(np.int32), rng.normal(size=n).astype(np.float32), "stop", np.zeros(n))
@@ -48,11 +48,11 @@ def group(rng, number, *, text, lengths, grids=(), advantages=True):
     return Rollout(encoded, completions, (), values)
 
 
-def make_groups(seed, count=6, generations=4, limit=20, pictures=True):
+def make_groups(seed, count=6, generations=4, limit=20, images=True):
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
-        merged = rng.integers(1, 5, (rng.integers(0, 3) if pictures else 0, 2))
+        merged = rng.integers(1, 5, (rng.integers(0, 3) if images else 0, 2))
         grids = [(1, 2 * int(h), 2 * int(w)) for h, w in merged]
         lengths = rng.integers(1, limit + 1, generations)
         made.append(group(rng, number, text=int(rng.integers(3, 30)), lengths=lengths, grids=grids))
@@ -80,19 +80,19 @@ def check(groups, batch):
         after = np.broadcast_to(owner.encoded.next_position + np.arange(t), (3, t))
         assert (batch.positions[m, :, r, visible].T == np.concatenate([owner.encoded.positions, after], 1)).all()
         if t == 0:
-            _check_pictures(owner, batch, m, batch.picture_slots[m, r, visible])
+            _check_images(owner, batch, m, batch.image_slots[m, r, visible])
     assert [len(s) for s in seen] == [len(c.token_ids) for _, c in completions]
     assert batch.tokens_total == sum(len(s) for s in seen) and batch.completions_total == len(completions)
     assert (batch.mask == (batch.completion >= 0)).all()
-    assert (batch.picture_slots[batch.tokens != IMAGE] == -1).all()
+    assert (batch.image_slots[batch.tokens != IMAGE] == -1).all()
 
 
-def _check_pictures(owner, batch, m, picture_slots):
-    assert (np.flatnonzero(picture_slots >= 0) == owner.encoded.picture_slots).all()
-    if not owner.encoded.pictures:
+def _check_images(owner, batch, m, image_slots):
+    assert (np.flatnonzero(image_slots >= 0) == owner.encoded.image_slots).all()
+    if not owner.encoded.images:
         return
-    merged = batch.vision.patches[m].reshape(-1, 4, VISION.patch_values)[picture_slots[owner.encoded.picture_slots]]
-    expected = np.concatenate([patches_of(picture) for picture in owner.encoded.pictures])
+    merged = batch.vision.patches[m].reshape(-1, 4, VISION.patch_values)[image_slots[owner.encoded.image_slots]]
+    expected = np.concatenate([patches_of(image) for image in owner.encoded.images])
     assert (merged.reshape(-1, VISION.patch_values) == expected).all()
 
 
@@ -114,7 +114,7 @@ def test_every_token_sees_its_prompt_and_its_past_and_nothing_else(share, packed
 
 
 @pytest.mark.parametrize("share, packed", MODES)
-def test_a_group_too_long_for_a_row_is_cut_and_its_pictures_encoded_once(share, packed):
+def test_a_group_too_long_for_a_row_is_cut_and_its_images_encoded_once(share, packed):
     rng = np.random.default_rng(0)
     groups = [group(rng, 0, text=10, lengths=[9, 17, 3, 12, 20, 1], grids=[(1, 4, 4), (1, 2, 6)])]
     learner = LearnerConfig(share_prompts=share, pack=packed, row_length=50)
@@ -126,7 +126,7 @@ def test_a_group_too_long_for_a_row_is_cut_and_its_pictures_encoded_once(share, 
     assert (batch.vision.segment_ids > 0).sum() == 16 + 12
 
 
-def test_a_group_too_long_for_a_micro_batch_brings_its_pictures_to_each():
+def test_a_group_too_long_for_a_micro_batch_brings_its_images_to_each():
     rng = np.random.default_rng(0)
     groups = [group(rng, 0, text=10, lengths=[20] * 6, grids=[(1, 4, 4)])]
     shapes = PackShapes(64, 64, 1, 1, 16, 6, share_prompts=True)
@@ -137,7 +137,7 @@ def test_a_group_too_long_for_a_micro_batch_brings_its_pictures_to_each():
 
 
 def test_text_alone_needs_no_vision_rows():
-    groups = make_groups(1, pictures=False)
+    groups = make_groups(1, images=False)
     for vision in (None, VISION):
         shapes = plan_shapes(groups, learner=LearnerConfig(), max_new_tokens=20, vision=vision)
         batch = pack(groups, shapes, vision, patches_of)
@@ -145,9 +145,9 @@ def test_text_alone_needs_no_vision_rows():
         check(groups, batch)
 
 
-def test_a_minibatch_of_text_in_a_run_with_pictures_has_the_same_structure():
+def test_a_minibatch_of_text_in_a_run_with_images_has_the_same_structure():
     shapes = plan_shapes(make_groups(2), learner=LearnerConfig(), max_new_tokens=20, vision=VISION)
-    groups = make_groups(3, pictures=False)
+    groups = make_groups(3, images=False)
     batch = pack(groups, grow(shapes, groups, VISION), VISION, patches_of)
     assert batch.vision is not None and (batch.vision.segment_ids == 0).all()
     check(groups, batch)
@@ -278,7 +278,7 @@ def test_rows_and_vision_rows_can_be_split_over_the_devices():
     for devices in (1, 2, 4, 8):
         sizes = dict(max_new_tokens=20, row_devices=devices, tokens_per_device=256)
         shapes = plan_shapes(groups, learner=LearnerConfig(), vision=VISION, **sizes)
-        assert shapes.rows % devices == 0 and shapes.picture_rows % devices == 0
+        assert shapes.rows % devices == 0 and shapes.image_rows % devices == 0
         check(groups, pack(groups, shapes, VISION, patches_of))
 
 
@@ -289,7 +289,7 @@ def test_shapes_are_plain_numbers_that_a_checkpoint_can_hold():
 
 @pytest.mark.parametrize(
     "fields, words",
-    [({"row_length": 40}, "learner.row_length"), ({"rows": 3}, "learner.rows"), ({"picture_rows": 1}, "picture_rows")],
+    [({"row_length": 40}, "learner.row_length"), ({"rows": 3}, "learner.rows"), ({"image_rows": 1}, "image_rows")],
 )
 def test_a_fixed_size_that_cannot_work_names_its_field(fields, words):
     rng = np.random.default_rng(0)
@@ -299,7 +299,7 @@ def test_a_fixed_size_that_cannot_work_names_its_field(fields, words):
 
 
 def test_rows_are_filled_well_by_groups_of_mixed_lengths():
-    groups = make_groups(11, count=64, generations=8, limit=64, pictures=False)
+    groups = make_groups(11, count=64, generations=8, limit=64, images=False)
     shapes = plan_shapes(groups, learner=LearnerConfig(), max_new_tokens=64, vision=None, tokens_per_device=2048)
     batch = pack(groups, shapes, None, patches_of)
     used = batch.segment_ids[: int(batch.micro_batches)]

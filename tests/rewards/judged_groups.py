@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Rollout
 
 
 def decode(token_ids, *, special=False):
@@ -17,12 +17,12 @@ def rollout(texts, label="3", prompt="<|im_start|>user\nHow many?<|im_end|>\n<|i
     )
     address = "data:image/png;base64," + "A" * 10_000
     messages = [{"role": "user", "content": [{"type": "image", "image": address}, {"type": "text", "text": "How?"}]}]
-    picture = Picture(np.zeros((28, 56, 3), np.uint8), (1, 2, 4))
+    image = Image(np.zeros((28, 56, 3), np.uint8), (1, 2, 4))
     encoded = EncodedPrompt(
         Prompt(messages, label, name, "counting", "set.jsonl", 0, "math"),
         ids(prompt),
         np.zeros((3, 1)),
-        (picture,),
+        (image,),
         np.zeros(0),
         1,
     )

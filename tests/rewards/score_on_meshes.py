@@ -36,7 +36,7 @@ def main():
             folder,
             mesh,
             compute_dtype=np.float32,
-            picture_format=check_fit(folder, processor),
+            image_format=check_fit(folder, processor),
             learner=LearnerConfig(),
             max_new_tokens=20,
         )

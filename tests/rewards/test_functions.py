@@ -63,7 +63,7 @@ def test_the_richer_form_gets_whole_rollouts_and_names_its_parts(source):
         """
         def judge(rollout):
             assert rollout["prompt_id"] == "7" and rollout["data_source"] == "counting" and rollout["label"] == "3"
-            assert rollout["pictures"] == [{"height": 28, "width": 56}]
+            assert rollout["images"] == [{"height": 28, "width": 56}]
             assert len(str(rollout["messages"])) < 500 and rollout["messages"][0]["role"] == "user"
             assert rollout["prompt"].count("<|image_pad|>") == 1
             texts = [c["text"] for c in rollout["completions"]]

@@ -1,4 +1,4 @@
-"""A reward model's scores are transformers': of its own class for text, of base model and score matrix for pictures."""
+"""A reward model's scores are transformers': of its own class for text, of base model and score matrix for images."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from lmmr1_jax.types.records import Completion, Prompt, Rollout  # noqa: E402
 
 LIMIT = 1e-4
 PAD, END = oracle.token_id("<|endoftext|>"), oracle.token_id("<|im_end|>")
-# Sizes of each prompt's pictures, words of its text, lengths of its completions.
+# Sizes of each prompt's images, words of its text, lengths of its completions.
 GROUPS = [
     ([], 3, (5, 1, 12)),
     ([(83, 61), (140, 200)], 2, (0, 7)),
@@ -38,12 +38,12 @@ def processor():
 
 @pytest.fixture(scope="module")
 def rollouts(processor, tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     made = []
     for number, (sizes, words, lengths) in enumerate(GROUPS):
         content = []
         for index, size in enumerate(sizes):
-            oracle.random_picture(*size, seed=10 * number + index).save(folder / f"{number}-{index}.png")
+            oracle.random_image(*size, seed=10 * number + index).save(folder / f"{number}-{index}.png")
             content.append({"type": "image", "image": f"{number}-{index}.png"})
         content.append({"type": "text", "text": "how many circles " * words})
         messages = [{"role": "user", "content": content}]
@@ -68,7 +68,7 @@ def open_model(folder, processor, **learner):
         folder,
         make_mesh(MeshConfig()),
         compute_dtype=np.float32,
-        picture_format=check_fit(folder, processor),
+        image_format=check_fit(folder, processor),
         learner=LearnerConfig(**learner),
         max_new_tokens=20,
     )
@@ -111,7 +111,7 @@ def test_text_scores_equal_those_of_a_padded_batch_of_transformers_own_class(tex
     assert_close(ours, np.split(scores, bounds))
 
 
-def picture_model(folder, kind, *, tied, base=False, pad=None):
+def image_model(folder, kind, *, tied, base=False, pad=None):
     """The checkpoint that a trainer of reward models leaves: a base model's, and a score head."""
     source = oracle.random_model(kind, tied, seed=4)
     shutil.copytree(source, folder)
@@ -128,11 +128,11 @@ def picture_model(folder, kind, *, tied, base=False, pad=None):
     return source, score
 
 
-def picture_scores(source, score, rollouts, processor, pad):
+def image_scores(source, score, rollouts, processor, pad):
     base, scores = oracle.load_model(source).model, []
     for rollout in rollouts:
-        pictures = rollout.encoded.pictures
-        patches, grids = [processor.patches(p) for p in pictures], [p.grid_thw for p in pictures]
+        images = rollout.encoded.images
+        patches, grids = [processor.patches(p) for p in images], [p.grid_thw for p in images]
         scores.append([])
         for row in sequences(rollout):
             with torch.no_grad():
@@ -152,16 +152,16 @@ def picture_scores(source, score, rollouts, processor, pad):
         ("qwen2_vl", True, True, None),
     ],
 )
-def test_picture_scores_equal_the_base_model_and_the_score_matrix(
+def test_image_scores_equal_the_base_model_and_the_score_matrix(
     tmp_path, rollouts, processor, kind, tied, base, pad
 ):
-    source, score = picture_model(tmp_path / "model", kind, tied=tied, base=base, pad=pad)
+    source, score = image_model(tmp_path / "model", kind, tied=tied, base=base, pad=pad)
     ours = open_model(tmp_path / "model", processor).score(rollouts)
-    assert_close(ours, picture_scores(source, score, rollouts, processor, pad))
+    assert_close(ours, image_scores(source, score, rollouts, processor, pad))
 
 
 def test_neither_the_company_of_a_group_nor_how_it_is_packed_changes_its_scores(tmp_path, rollouts, processor):
-    picture_model(tmp_path / "model", "qwen2_5_vl", tied=True)
+    image_model(tmp_path / "model", "qwen2_5_vl", tied=True)
     model = open_model(tmp_path / "model", processor)
     together = model.score(rollouts)
     for rollout, scores in zip(rollouts, together, strict=True):

@@ -110,13 +110,13 @@ def test_a_score_that_is_not_finite_and_a_token_without_embedding_are_faults(fol
     assert second == Fault("error", f"{folder} has no embedding for the sampled token 592")
 
 
-def test_a_model_of_text_judges_pictures_by_their_tokens_and_says_so(processor, tmp_path, caplog):
+def test_a_model_of_text_judges_images_by_their_tokens_and_says_so(processor, tmp_path, caplog):
     text = tiny_reward_model.write(tmp_path / "text", model_type="qwen2", vision_config=None, rope_scaling=None)
     vision = [name for name in tiny_reward_model.names(text) if name.startswith("visual.")]
     tiny_reward_model.change(text, **dict.fromkeys(vision))
     source, asked = opened(text, processor), groups(processor, 1)
     source.check(asked[0])
-    assert "does not see the pictures" in caplog.text
+    assert "does not see the images" in caplog.text
     assert all(np.isfinite(verdict.total) for verdict in source.judge(asked)[0])
 
 
@@ -139,7 +139,7 @@ BAD = {
         r"1 unexpected \(score.bias\)",
     ),
     "too few embeddings": (lambda f: set_config(f, vocab_size=500), "has 500 embeddings.*tokens up to 591"),
-    "another picture token": (lambda f: set_config(f, image_token_id=589), "image_token_id is 589.*is 590"),
+    "another image token": (lambda f: set_config(f, image_token_id=589), "image_token_id is 589.*is 590"),
     "an unknown family": (lambda f: set_config(f, model_type="llama"), "model_type 'llama' is not supported"),
     "half a file": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),

@@ -61,8 +61,8 @@ def prompt(length: int, name: str) -> EncodedPrompt:
         prompt=Prompt([], None, name, "source", "file", 0),
         token_ids=ids,
         positions=np.tile(np.arange(length, dtype=np.int32), (3, 1)),
-        pictures=(),
-        picture_slots=np.zeros(0, np.int32),
+        images=(),
+        image_slots=np.zeros(0, np.int32),
         next_position=length,
     )
 
@@ -140,7 +140,7 @@ def test_draws_depend_on_the_prompt_and_not_on_its_company(network, params, samp
     assert turned[::-1] == whole
     alone = as_lists(sampler.sample(PROMPTS[1:2], 6, max_new_tokens=12, key=sampling_key(0, 0)))
     assert alone[0] == whole[1]
-    narrow = make_sampler(network, max_sequences=4)  # every group is sampled in two parts
+    narrow = make_sampler(network, max_num_seqs=4)  # every group is sampled in two parts
     narrow.load(params)
     assert as_lists(narrow.sample(PROMPTS, 6, max_new_tokens=12, key=sampling_key(0, 0))) == whole
 

@@ -13,7 +13,7 @@ from lmmr1_jax.config.schema import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.rollout.engines.open import choose_transport, engine_settings, leave_room
-from lmmr1_jax.rollout.engines.protocol import EngineFailed, EngineUnfit, GroupRequest
+from lmmr1_jax.rollout.engines.protocol import EngineConfigError, EngineFailed, GroupRequest
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.engine import Engine
 from lmmr1_jax.run.policy import TINY_MODEL
@@ -64,9 +64,9 @@ def test_an_engine_without_a_vllm_that_takes_weights_is_unfit(monkeypatch, modul
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
     settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend="none")
     engine = Engine(settings, Path(TINY_MODEL))
-    with pytest.raises(EngineUnfit, match=words):
+    with pytest.raises(EngineConfigError, match=words):
         engine.built.result(timeout=30)
-    with pytest.raises(EngineUnfit, match=words):
+    with pytest.raises(EngineConfigError, match=words):
         engine.initialise({}).result(timeout=30)
 
 
@@ -95,7 +95,7 @@ def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(
     engine = Engine(settings, Path(TINY_MODEL))
     with pytest.raises(EngineFailed, match="init_weight_transfer_engine failed") as caught:
         engine.initialise({}).result(timeout=30)
-    assert isinstance(caught.value, EngineUnfit) == unfit
+    assert isinstance(caught.value, EngineConfigError) == unfit
     engine.close()
 
 
@@ -111,11 +111,11 @@ def test_an_engine_that_fails_at_the_start_of_an_update_samples_no_more(monkeypa
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
     settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=HOST_BACKEND)
     engine = Engine(settings, Path(TINY_MODEL))
-    engine.begin_update(within=False).result(timeout=30)
+    engine.begin_update(in_flight=False).result(timeout=30)
     engine.finish_update(0).result(timeout=30)
     failing.add("start_weight_update")
     with pytest.raises(EngineFailed, match="start_weight_update failed"):
-        engine.begin_update(within=False).result(timeout=30)
+        engine.begin_update(in_flight=False).result(timeout=30)
     ids = np.arange(3, dtype=np.int32)
     waiting = engine.generate(GroupRequest("late", ids, ids, (), 1, 4))
     with pytest.raises(TimeoutError):

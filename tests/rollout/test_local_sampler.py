@@ -1,4 +1,4 @@
-"""The sampler and the scorer against transformers, for every family, with pictures."""
+"""The sampler and the scorer against transformers, for every family, with images."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 
 import jax
 import oracle
-from picture_prompts import SIZES, prompt, vision_arguments
+from image_prompts import SIZES, prompt, vision_arguments
 
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.config import read_config
@@ -47,7 +47,7 @@ def test_greedy_and_scores_equal_transformers(kind, tied):
         np.testing.assert_allclose(score, oracle.hf_log_probs(model, encoded.token_ids, ids, **vision), atol=1e-4)
 
 
-def test_sampled_log_probs_with_pictures_equal_transformers():
+def test_sampled_log_probs_with_images_equal_transformers():
     folder = oracle.random_model("qwen2_5_vl", True)
     processor, network = Processor(folder), build(read_config(folder))
     sampler = JaxSampler(

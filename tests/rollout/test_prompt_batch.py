@@ -1,30 +1,30 @@
-"""Padded batches of prompts: shapes grow in few steps and never shrink; pictures land where their tokens are."""
+"""Padded batches of prompts: shapes grow in few steps and never shrink; images land where their tokens are."""
 
 import numpy as np
 
 from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.rollout.local.prompt_batch import PromptShapes, batch_prompts, round_up
-from lmmr1_jax.types.records import EncodedPrompt, Picture, Prompt
+from lmmr1_jax.types.records import EncodedPrompt, Image, Prompt
 
 VISION = VisionConfig("qwen2_5_vl", 2, 32, 48, 2, 14, 2, 2, 3, 112, (1,), 64, "silu", 2.0)
 
 
 def encoded(length: int, grids=()) -> EncodedPrompt:
-    """A prompt whose first tokens, after one of text, are its pictures'."""
-    pictures = tuple(Picture(np.zeros((h * 14, w * 14, 3), np.uint8), (1, h, w)) for h, w in grids)
+    """A prompt whose first tokens, after one of text, are its images'."""
+    images = tuple(Image(np.zeros((h * 14, w * 14, 3), np.uint8), (1, h, w)) for h, w in grids)
     merged = sum(h * w // 4 for h, w in grids)
     return EncodedPrompt(
         prompt=Prompt([], None, "0", "source", "file", 0),
         token_ids=np.arange(100, 100 + length, dtype=np.int32),
         positions=np.tile(np.arange(length, dtype=np.int32), (3, 1)),
-        pictures=pictures,
-        picture_slots=np.arange(1, 1 + merged, dtype=np.int32),
+        images=images,
+        image_slots=np.arange(1, 1 + merged, dtype=np.int32),
         next_position=length,
     )
 
 
-def patches_of(picture: Picture) -> np.ndarray:
-    return np.full((int(np.prod(picture.grid_thw)), 1176), sum(picture.grid_thw), np.float32)
+def patches_of(image: Image) -> np.ndarray:
+    return np.full((int(np.prod(image.grid_thw)), 1176), sum(image.grid_thw), np.float32)
 
 
 def test_sizes_are_rounded_to_three_bits():
@@ -41,15 +41,15 @@ def test_shapes_never_shrink_and_every_part_fits():
     assert shapes.grown([[encoded(3)]], VISION) == shapes
 
 
-def test_rows_are_padded_and_picture_tokens_point_at_their_own_patches():
+def test_rows_are_padded_and_image_tokens_point_at_their_own_patches():
     batch = [encoded(9), encoded(30, [(6, 6), (4, 4)])]
     shapes = PromptShapes().grown([batch], VISION)
     arrays = batch_prompts(batch, shapes, VISION, patches_of, rows=3)
     assert arrays.lengths.tolist() == [9, 30, 1] and arrays.next_positions.tolist() == [9, 30, 0]
     assert arrays.segment_ids.sum(1).tolist() == [9, 30, 1]
     assert arrays.tokens[0, :9].tolist() == list(range(100, 109)) and not arrays.tokens[0, 9:].any()
-    assert (arrays.picture_slots[0] == -1).all()
-    slots = arrays.picture_slots[1]
+    assert (arrays.image_slots[0] == -1).all()
+    slots = arrays.image_slots[1]
     assert (slots >= 0).nonzero()[0].tolist() == list(range(1, 14))
     values = arrays.vision.patches.reshape(-1, 4, 1176)[:, 0, 0]
     assert values[slots[1:10]].tolist() == [13.0] * 9 and values[slots[10:14]].tolist() == [9.0] * 4

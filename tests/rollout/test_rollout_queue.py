@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.data.faults import SkipPrompt
-from lmmr1_jax.data.prompt_loader import PromptFeeder
+from lmmr1_jax.data.prompt_loader import PromptLoader
 from lmmr1_jax.data.prompt_set import PromptCursor
 from lmmr1_jax.data.skips import SkipLog
-from lmmr1_jax.rollout.rollout_queue import Ahead
+from lmmr1_jax.rollout.rollout_queue import RolloutQueue
 from lmmr1_jax.types.records import EncodedPrompt, Prompt
 
 PROMPTS = [Prompt([], "1", str(row), "made", "made.jsonl", row) for row in range(23)]
@@ -26,7 +26,7 @@ class Encoder:
 
     def encode(self, prompt):
         if prompt.row % 4 == 1:
-            raise SkipPrompt("broken_picture", f"row {prompt.row}")
+            raise SkipPrompt("broken_image", f"row {prompt.row}")
         return EncodedPrompt(prompt, np.zeros(1, np.int32), np.zeros((3, 1), np.int32), (), np.zeros(0, np.int32), 1)
 
 
@@ -35,10 +35,10 @@ class Run:
 
     def __init__(self, folder, staleness: int, state=None):
         self.skips = SkipLog(folder / "skipped.jsonl", keep=state is not None)
-        self.feeder = PromptFeeder(PromptCursor(PROMPTS, seed=3), Encoder(), self.skips, workers=2)
+        self.loader = PromptLoader(PromptCursor(PROMPTS, seed=3), Encoder(), self.skips, workers=2)
         self.begun, self.done, self.stops = [], 0, False
-        self.batches = Ahead(
-            self.feeder, self.skips, self.begin, prompts=SIZE, staleness=staleness, batches=BATCHES
+        self.batches = RolloutQueue(
+            self.loader, self.skips, self.begin, prompts=SIZE, staleness=staleness, batches=BATCHES
         )
         if state is not None:
             self.done = state["done"]
@@ -63,7 +63,7 @@ class Run:
         return rows
 
     def close(self):
-        self.feeder.close()
+        self.loader.close()
         self.skips.close()
 
 

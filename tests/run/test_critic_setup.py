@@ -83,7 +83,7 @@ def test_a_reward_model_brings_its_score_and_values_are_its_scores_of_what_stand
     batch = pack(rollouts, shapes, vision, processor.patches)
     values = gather(learner.values(state, batch), batch, 4)
     model = RewardModel(
-        folder, policy().mesh, compute_dtype=np.float32, picture_format=processor.format, learner=given.learner,
+        folder, policy().mesh, compute_dtype=np.float32, image_format=processor.format, learner=given.learner,
         max_new_tokens=8,
     )  # fmt: skip
     shorter = [
@@ -106,7 +106,7 @@ def edited(folder, **fields):
 def test_a_critic_that_would_not_read_what_the_policy_reads_is_refused(tmp_path):
     folder = tiny_reward_model.write(tmp_path / "windows")
     edited(folder, window_size=56 if policy().network.config.vision.window_size != 56 else 112)
-    with pytest.raises(UserError, match=r"critic.path: .*windows: its pictures have other windows"):
+    with pytest.raises(UserError, match=r"critic.path: .*windows: its images have other windows"):
         critic_of(config(path=str(folder)))
     folder = tiny_reward_model.write(tmp_path / "text", model_type="qwen2", vision_config=None, rope_scaling=None)
     with pytest.raises(UserError, match=r"critic.path: .*text.* a model of text, which would not see"):

@@ -11,7 +11,7 @@ import whole_runs
 from whole_runs import lines
 
 SMALL = (
-    "--config configs/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 4 "
+    "--config configs/demo/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 4 "
     "--eval.max-new-tokens 4 --tracking.tensorboard False"
 ).split()
 

@@ -13,7 +13,7 @@ import whole_runs
 from whole_runs import lines
 
 SMALL = (
-    "--config configs/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
+    "--config configs/demo/rloo.py --run.steps 2 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
     "--checkpoint.every 1 --tracking.tensorboard False"
 ).split()
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from whole_runs import ROOT, lines
 
 SMALL = (
-    "--config configs/rloo.py --run.steps 3 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
+    "--config configs/demo/rloo.py --run.steps 3 --rollout.prompts 4 --rollout.completions 4 --eval.size 8 "
     "--checkpoint.every 2"
 ).split()
 

@@ -1,4 +1,4 @@
-"""The generated task: what the pictures show is what the answers count, and the splits share nothing."""
+"""The generated task: what the images show is what the answers count, and the splits share nothing."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from lmmr1_jax.tasks.shapes import (
     COLOURS,
     GRID,
     SYSTEM_PROMPT,
-    draw_picture,
+    draw_image,
     draw_scene,
     is_heldout,
     shape_prompts,
@@ -20,19 +20,19 @@ from lmmr1_jax.tasks.shapes import (
 )
 
 
-def _seen_colours(picture: Image.Image) -> np.ndarray:
+def _seen_colours(image: Image.Image) -> np.ndarray:
     """The colours `[3, 3]` that a cell-by-cell look at the pixels finds, -1 for an empty cell."""
-    pixels = np.asarray(picture).reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2).reshape(GRID, GRID, -1, 3)
+    pixels = np.asarray(image).reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2).reshape(GRID, GRID, -1, 3)
     matches = np.stack([(pixels == ink).all(-1).sum(-1) for ink in COLOURS.values()], -1)
     return np.where(matches.max(-1) > 0, matches.argmax(-1), -1)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_the_answer_is_the_number_of_shapes_in_the_picture(split):
+def test_the_answer_is_the_number_of_shapes_in_the_image(split):
     names = list(COLOURS)
     for index in range(100):
         scene = draw_scene(split, index)
-        seen = _seen_colours(draw_picture(scene))
+        seen = _seen_colours(draw_image(scene))
         assert scene.answer == sum(int((seen == names.index(name)).sum()) for name in scene.asked)
         assert all(name in scene.question for name in scene.asked)
         assert not any(name in scene.question for name in set(names) - set(scene.asked))
@@ -41,8 +41,8 @@ def test_the_answer_is_the_number_of_shapes_in_the_picture(split):
 def test_no_shape_reaches_into_another_cell():
     for index in range(50):
         scene = draw_scene("train", index)
-        assert np.array_equal(_seen_colours(draw_picture(scene)), scene.colours)
-        pixels = np.asarray(draw_picture(scene)).reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2)
+        assert np.array_equal(_seen_colours(draw_image(scene)), scene.colours)
+        pixels = np.asarray(draw_image(scene)).reshape(GRID, CELL, GRID, CELL, 3).swapaxes(1, 2)
         for cell in pixels.reshape(-1, CELL * CELL, 3):
             assert len(np.unique(cell, axis=0)) <= 2
 
@@ -75,8 +75,8 @@ def test_rows_are_worded_as_lmm_r1_words_them():
         assert text["type"] == "text" and image["type"] == "image"
         uri = image["image"]
         assert uri.startswith("data:image/png;base64,")
-        picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
-        assert picture.size == (84, 84) and picture.mode == "RGB"
+        image = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+        assert image.size == (84, 84) and image.mode == "RGB"
         assert row["answer"].startswith("$\\boxed{") and row["answer"].endswith("}$")
         assert row["data_source"] in ("shapes-count", "shapes-add")
 

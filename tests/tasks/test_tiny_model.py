@@ -107,14 +107,14 @@ def test_transformers_opens_the_shipped_folder_and_writes_the_same(sampler, proc
     prompts = [processor.encode(prompt) for prompt in shape_prompts("heldout", 2)]
     ours = sampler.sample(prompts, 1, max_new_tokens=20, key=sampling_key(0, 0), temperature=0.0)
     for encoded, (completion,) in zip(prompts, ours, strict=True):
-        picture = encoded.pictures[0]
+        image = encoded.images[0]
         ids = torch.tensor(encoded.token_ids, dtype=torch.long)[None]
         inputs = dict(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == processor.config.image_token_id).int(),
-            pixel_values=torch.from_numpy(processor.patches(picture)),
-            image_grid_thw=torch.tensor([picture.grid_thw]),
+            pixel_values=torch.from_numpy(processor.patches(image)),
+            image_grid_thw=torch.tensor([image.grid_thw]),
         )
         with torch.no_grad():
             written = model.generate(

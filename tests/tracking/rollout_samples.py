@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lmmr1_jax.types.records import Completion, EncodedPrompt, Picture, Prompt, Reward, Rollout
+from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Reward, Rollout
 
 
 def completion(length: int, finish_reason: str) -> Completion:
@@ -31,7 +31,7 @@ def group(prompt_id: str = "shapes-0", rewards: tuple[Reward, ...] | None = None
         Prompt(messages, "$3$", prompt_id, "shapes", "shapes.jsonl", 0),
         np.arange(9, dtype=np.int32),
         np.zeros((3, 9), np.int32),
-        (Picture(pixels, (1, 4, 6)),),
+        (Image(pixels, (1, 4, 6)),),
         np.arange(6, dtype=np.int32),
         9,
     )

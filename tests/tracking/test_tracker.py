@@ -125,7 +125,7 @@ def test_the_summary_holds_the_runs_own_figures(tmp_path):
     tracker.log(2, metrics(2))
     assert not (tmp_path / "summary.json").exists()
     tracker.evaluation(2, {"accuracy": 0.6, "format": 1.0, "prompts": 8, "seconds": 2.0})
-    tracker.finish(skipped={"broken_picture": 2, "no_answer": 1}, note="x")
+    tracker.finish(skipped={"broken_image": 2, "no_answer": 1}, note="x")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["steps"] == 2
     assert {name: summary["seconds"][name] for name in ("rollout", "score", "learn", "sync", "evaluate")} == {
@@ -138,7 +138,7 @@ def test_the_summary_holds_the_runs_own_figures(tmp_path):
     assert summary["seconds"]["total"] > 0
     assert summary["evaluation"]["before"] == {"accuracy": 0.4, "format": 0.9, "prompts": 8, "seconds": 3.0}
     assert summary["evaluation"]["after"]["accuracy"] == 0.6
-    assert summary["skipped"] == 3 and summary["skipped_by_reason"]["broken_picture"] == 2 and summary["note"] == "x"
+    assert summary["skipped"] == 3 and summary["skipped_by_reason"]["broken_image"] == 2 and summary["note"] == "x"
     assert summary["versions"]["jax"] == jax.__version__ and len(summary["devices"]) == jax.device_count()
 
 
@@ -175,12 +175,12 @@ def test_a_sink_that_cannot_start_does_not_stop_the_run(tmp_path):
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_tensorboard_gets_scalars_texts_and_pictures_and_hides_lost_steps(tmp_path):
-    tracker = start(tmp_path, tensorboard=True, pictures_every=2)
+def test_tensorboard_gets_scalars_texts_and_images_and_hides_lost_steps(tmp_path):
+    tracker = start(tmp_path, tensorboard=True, images_every=2)
     for step in (1, 2, 3):
         tracker.log(step, {"loss/policy": step}, [group()])
     tracker.close()
-    resumed = start(tmp_path, resume_step=2, tensorboard=True, pictures_every=2)
+    resumed = start(tmp_path, resume_step=2, tensorboard=True, images_every=2)
     resumed.log(3, {"loss/policy": 30}, [group()])
     resumed.evaluation(3, {"accuracy": 0.5, "format": 1.0, "prompts": 8})
     resumed.close()
@@ -189,8 +189,8 @@ def test_tensorboard_gets_scalars_texts_and_pictures_and_hides_lost_steps(tmp_pa
         events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"images": 0, "scalars": 0}).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss/policy")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert [(e.step, e.value) for e in events.Scalars("evaluation/accuracy")] == [(3, 0.5)]
-    pictures = events.Images("samples/0/picture0")
-    assert [(e.step, e.width, e.height) for e in pictures] == [(1, 84, 56), (2, 84, 56)]
+    images = events.Images("samples/0/image0")
+    assert [(e.step, e.width, e.height) for e in images] == [(1, 84, 56), (2, 84, 56)]
     (text, _) = events.Tensors("samples/0/text_summary")
     assert b"How many red shapes?" in text.tensor_proto.string_val[0]
     assert b"accuracy 1, format 1" in text.tensor_proto.string_val[0]

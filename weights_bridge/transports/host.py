@@ -40,13 +40,13 @@ class HostTransport:
     Attributes:
       name: for the log.
       backend: the weight-transfer engine that vLLM must be told to use.
-      introduces_itself: whether `send` initialises the engines; here their owner does, once.
+      owns_init: whether `send` initialises the engines; here their owner does, once.
       times: of the last send.
     """
 
     name = "host"
     backend = HOST_BACKEND
-    introduces_itself = False
+    owns_init = False
 
     def __init__(
         self,

@@ -34,12 +34,12 @@ class IpcTransport:
     Attributes:
       name: for the log.
       backend: the weight-transfer engine that vLLM must be told to use.
-      introduces_itself: `send` initialises the engines; nobody else need.
+      owns_init: `send` initialises the engines; nobody else need.
     """
 
     name = "ipc"
     backend = "ipc"
-    introduces_itself = True
+    owns_init = True
 
     def __init__(
         self,

@@ -40,12 +40,12 @@ class NcclTransport:
     Attributes:
       name: for the log.
       backend: the weight-transfer engine that vLLM must be told to use.
-      introduces_itself: `send` initialises the engines; nobody else may.
+      owns_init: `send` initialises the engines; nobody else may.
     """
 
     name = "nccl"
     backend = "nccl"
-    introduces_itself = True
+    owns_init = True
 
     def __init__(
         self,

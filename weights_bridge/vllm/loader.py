@@ -12,7 +12,7 @@ class AwaitedWeightsLoader(DummyModelLoader):
     """Fills parameters with small random numbers until the first update, and leaves buffers as the model made them.
 
     vLLM's own dummy loader overwrites the buffers too, among them the mean and deviation by which Qwen-VL's vision
-    tower normalises pictures. No checkpoint holds those, so no update would ever bring them back.
+    tower normalises images. No checkpoint holds those, so no update would ever bring them back.
     """
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:

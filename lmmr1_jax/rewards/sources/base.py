@@ -48,7 +48,7 @@ class Group:
 
     @functools.cached_property
     def raw_prompt(self) -> str:
-        """The prompt as the chat template wrote it: special tokens included, one token for a picture."""
+        """The prompt as the chat template wrote it: special tokens included, one token for an image."""
         text = self.decode(self.rollout.encoded.token_ids, special=True)
         return re.sub(r"(?:<\|image_pad\|>)+", "<|image_pad|>", text)
 
@@ -91,7 +91,7 @@ class RewardSource(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class Stateful(Protocol):
     """A source that remembers something between steps, which a resumed run must go on with."""
 
     name: str
@@ -179,12 +179,12 @@ class Rewards:
 
     def state(self) -> dict[str, Any]:
         """What the sources remember, by their names."""
-        return {source.name: source.state() for source in self.sources if isinstance(source, Remembering)}
+        return {source.name: source.state() for source in self.sources if isinstance(source, Stateful)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Back to `state`."""
         for source in self.sources:
-            if isinstance(source, Remembering):
+            if isinstance(source, Stateful):
                 source.restore(state.get(source.name))
 
     def warnings(self) -> list[str]:

@@ -83,7 +83,7 @@ def as_data(group: Group) -> dict[str, Any]:
         "label": encoded.prompt.label,
         "messages": without_pixels(encoded.prompt.messages),
         "prompt": group.raw_prompt,
-        "pictures": [{"height": p.pixels.shape[0], "width": p.pixels.shape[1]} for p in encoded.pictures],
+        "images": [{"height": p.pixels.shape[0], "width": p.pixels.shape[1]} for p in encoded.images],
         "completions": [
             {
                 "text": text,

@@ -1,7 +1,7 @@
 """Reward models as sources of rewards, and what makes one fit a policy: its tokenizer above all.
 
 A reward model reads the very token ids that the policy saw and sampled. So its tokenizer must give every id the same
-meaning, and its pictures must be cut into as many tokens; both are checked before anything is sampled.
+meaning, and its images must be cut into as many tokens; both are checked before anything is sampled.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RewardModelSource:
 
     def check(self, group: Group) -> None:
         """`sources.RewardSource.check`: computes nothing, for all that could be wrong was seen on opening."""
-        if group.rollout.encoded.pictures and self.model.config.vision is None:
-            _log.warning("rewards.models: %s is a model of text: it does not see the pictures", self._folder)
+        if group.rollout.encoded.images and self.model.config.vision is None:
+            _log.warning("rewards.models: %s is a model of text: it does not see the images", self._folder)
 
     def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
         """`sources.RewardSource.judge`. A score that is not finite is a fault, and so is a token that the model has
@@ -92,12 +92,12 @@ def open_model(
       UserError: it does not fit the policy, or its folder can't be read.
     """
     try:
-        picture_format = check_fit(spec.folder, policy)
+        image_format = check_fit(spec.folder, policy)
         model = RewardModel(
             spec.folder,
             mesh,
             compute_dtype=compute_dtype,
-            picture_format=picture_format,
+            image_format=image_format,
             learner=learner,
             max_new_tokens=max_new_tokens,
         )

@@ -5,7 +5,7 @@ Qwen2, Qwen2-VL and Qwen2.5-VL from Hugging Face folders, each its base model's 
 token that is not padding, of exactly the token ids that the policy saw and sampled, so a reward model must have the
 policy's tokenizer.
 
-Groups are packed as the learner packs them: a prompt stands once in a row, pictures included, and its completions
+Groups are packed as the learner packs them: a prompt stands once in a row, images included, and its completions
 follow. Micro-batches of one static shape go through the devices one at a time.
 """
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.config.schema import LearnerConfig
-from lmmr1_jax.data.pictures import PictureFormat, patchify
+from lmmr1_jax.data.images import ImageFormat, patchify
 from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.packed_forward import hidden_states, micro_batch
@@ -34,7 +34,7 @@ from lmmr1_jax.packing.pack import gather, pack
 from lmmr1_jax.packing.shapes import grow, plan_shapes, tokens_per_device
 from lmmr1_jax.parallel.sharding import activation_constraint, head_units, put_batch, row_shards, sharding_of
 from lmmr1_jax.types.batches import PackedBatch
-from lmmr1_jax.types.records import Picture, Rollout
+from lmmr1_jax.types.records import Image, Rollout
 from weights_bridge.load import load
 from weights_bridge.tensor_table import read_model_config
 
@@ -55,7 +55,7 @@ class RewardModel:
         mesh: Mesh,
         *,
         compute_dtype: Any,
-        picture_format: PictureFormat | None,
+        image_format: ImageFormat | None,
         learner: LearnerConfig,
         max_new_tokens: int,
     ):
@@ -65,7 +65,7 @@ class RewardModel:
           folder: a Hugging Face folder.
           mesh: the learner's.
           compute_dtype: of matrix products.
-          picture_format: how pictures become patches; None where the model takes none.
+          image_format: how images become patches; None where the model takes none.
           learner: reads `share_prompts` and `pack`; sizes are chosen anew, for they may be fixed for the policy.
           max_new_tokens: no completion is longer.
 
@@ -75,8 +75,8 @@ class RewardModel:
         """
         self.config = read_config(folder)
         self.shapes: PackShapes | None = None
-        self._mesh, self._format, self._max_new_tokens = mesh, picture_format, max_new_tokens
-        self._learner = dataclasses.replace(learner, row_length=0, rows=0, picture_rows=0)
+        self._mesh, self._format, self._max_new_tokens = mesh, image_format, max_new_tokens
+        self._learner = dataclasses.replace(learner, row_length=0, rows=0, image_rows=0)
         self._pad = pad_id(read_model_config(folder))
         # Tied, so that there is no head over the vocabulary.
         body = dataclasses.replace(self.config, text=dataclasses.replace(self.config.text, tie_word_embeddings=True))
@@ -116,16 +116,16 @@ class RewardModel:
         completion tokens, and one more slot, whose token nobody reads, has what it knows after the last.
         """
         encoded, vision = rollout.encoded, self.config.vision
-        pictures = () if vision is None else encoded.pictures
+        images = () if vision is None else encoded.images
         positions, following = prompt_positions(
-            encoded.token_ids, [picture.grid_thw for picture in pictures], self.config
+            encoded.token_ids, [image.grid_thw for image in images], self.config
         )
         encoded = dataclasses.replace(
             encoded,
             positions=positions,
             next_position=following,
-            pictures=pictures,
-            picture_slots=encoded.picture_slots if pictures else encoded.picture_slots[:0],
+            images=images,
+            image_slots=encoded.image_slots if images else encoded.image_slots[:0],
         )
         longer = tuple(
             dataclasses.replace(
@@ -149,8 +149,8 @@ class RewardModel:
             )
         self.shapes = grow(self.shapes, groups, self.config.vision)
 
-    def _patches(self, picture: Picture) -> np.ndarray:
-        return patchify(picture.pixels, self._format)
+    def _patches(self, image: Image) -> np.ndarray:
+        return patchify(image.pixels, self._format)
 
 
 def pad_id(config: Mapping[str, Any]) -> int | None:

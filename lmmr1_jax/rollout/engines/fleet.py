@@ -2,8 +2,8 @@
 
     fleet = Fleet(settings, make_engine, HostTransport(), init_info)
     fleet.load(stream, version)             # every engine has these weights, or is replaced
-    ticket = fleet.submit(requests)         # returns at once
-    groups = fleet.collect(ticket)          # in the order of the requests
+    handle = fleet.submit(requests)         # returns at once
+    groups = fleet.collect(handle)          # in the order of the requests
 
 An engine that dies, hangs or breaks a sync is replaced, and its requests go to the others. It samples nothing before
 it has whole weights: a new one gets them in the next `load` or `collect`, whichever comes first. One that can't be
@@ -26,15 +26,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmmr1_jax.rollout.engines.protocol import (
+    EngineConfigError,
     EngineFailed,
     EngineInfo,
-    EngineUnfit,
     GroupRequest,
     RequestRefused,
     SampledCompletion,
 )
 from lmmr1_jax.rollout.engines.ray_errors import cause_of, reason_for
-from lmmr1_jax.rollout.engines.requests import MOST_ATTEMPTS, Engine, Ticket, Work
+from lmmr1_jax.rollout.engines.requests import MOST_ATTEMPTS, Engine, SampleHandle, Work
 from lmmr1_jax.runtime.errors import SamplingFailed
 from weights_bridge.transports.host import failure_of
 
@@ -52,7 +52,7 @@ class FleetSettings:
 
     Attributes:
       engines: places.
-      max_sequences: completions that an engine samples at a time.
+      max_num_seqs: completions that an engine samples at a time.
       start_timeout: seconds without any engine after which the fleet gives up.
       sync_timeout: seconds for one step of a sync.
       request_timeout: seconds for a group.
@@ -60,7 +60,7 @@ class FleetSettings:
     """
 
     engines: int
-    max_sequences: int
+    max_num_seqs: int
     start_timeout: float
     sync_timeout: float
     request_timeout: float
@@ -130,13 +130,13 @@ class Fleet:
         with self._lock:
             return [engine.info for engine in self._engines if engine.loaded]
 
-    def load(self, stream: Any, version: int, *, within: bool = False) -> None:
+    def load(self, stream: Any, version: int, *, in_flight: bool = False) -> None:
         """Gives every engine the stream's weights; waits until at least one has them.
 
         Args:
-          stream: a TensorStream; kept for engines that come later, until `forget`.
+          stream: a TensorStream; kept for engines that come later, until `release_params`.
           version: how many updates the weights have seen.
-          within: change them in the midst of completions, see `Engine.begin_update`.
+          in_flight: change them in the midst of completions, see `Engine.begin_update`.
 
         Raises:
           ValueError: engines have weights of that version, and would keep them and what they cached under it.
@@ -146,32 +146,32 @@ class Fleet:
             if version == self._version:
                 raise ValueError(f"version {version} of the weights is loaded already; others need another number")
             self._stream, self._version = stream, version
-        self._sync(within=within)
+        self._sync(in_flight=in_flight)
         self._until(lambda: any(engine.loaded and engine.version == version for engine in self._engines))
 
-    def forget(self) -> None:
+    def release_params(self) -> None:
         """The weights are about to change in place: engines that come now wait for the next `load`."""
         with self._lock:
             self._stream = None
 
-    def submit(self, requests: Sequence[GroupRequest]) -> Ticket:
+    def submit(self, requests: Sequence[GroupRequest]) -> SampleHandle:
         """Hands the requests out as engines get free. Names must be unique among all requests on their way."""
-        ticket = Ticket(len(requests))
+        handle = SampleHandle(len(requests))
         with self._lock:
-            self._waiting.extend(Work(request, ticket, index) for index, request in enumerate(requests))
+            self._waiting.extend(Work(request, handle, index) for index, request in enumerate(requests))
             self._hand_out()
-        return ticket
+        return handle
 
-    def collect(self, ticket: Ticket) -> list[list[SampledCompletion]]:
-        """Waits for a ticket's groups; gives weights to engines that came since.
+    def collect(self, handle: SampleHandle) -> list[list[SampledCompletion]]:
+        """Waits for a handle's groups; gives weights to engines that came since.
 
         Raises:
           SamplingFailed: a request can't be served, or no engine is left to serve it.
         """
-        self._until(lambda: not ticket.missing or ticket.failure is not None)
-        if ticket.failure is not None:
-            raise ticket.failure
-        return ticket.groups
+        self._until(lambda: not handle.missing or handle.failure is not None)
+        if handle.failure is not None:
+            raise handle.failure
+        return handle.groups
 
     def probe(self, request: GroupRequest) -> list[list[SampledCompletion]]:
         """The request's group from every engine that has weights, before all that waits there.
@@ -229,7 +229,7 @@ class Fleet:
                 if not self._unsynced():
                     self._lock.wait(_POLL_SECONDS)
                     continue
-            self._sync(within=True)
+            self._sync(in_flight=True)
 
     def _unsynced(self) -> list[Engine]:
         if self._stream is None:
@@ -245,16 +245,17 @@ class Fleet:
             return f"no vLLM engine came within vllm.start_timeout, {self._settings.start_timeout:g} s"
         return None
 
-    def _sync(self, *, within: bool) -> None:
+    def _sync(self, *, in_flight: bool) -> None:
         with self._lock:
             engines, version, stream = self._unsynced(), self._version, self._stream
             # What is being sampled may take that long to end, and an update between completions waits for it.
-            drained = self._settings.request_timeout if any(engine.work for engine in engines) and not within else 0.0
+            drains = not in_flight and any(engine.work for engine in engines)
+            drained = self._settings.request_timeout if drains else 0.0
         sync_timeout = self._settings.sync_timeout
         begun = [
             engine
             for engine, _ in self._each(
-                engines, lambda engine: engine.handle.begin_update.remote(within), max(sync_timeout, drained)
+                engines, lambda engine: engine.handle.begin_update.remote(in_flight), max(sync_timeout, drained)
             )
         ]
         if not begun:
@@ -302,7 +303,7 @@ class Fleet:
         """Each group whole to the engine that has least to do, while any has room."""
         while self._waiting:
             work = self._waiting[0]
-            free = [engine for engine in self._engines if engine.takes(work, self._settings.max_sequences)]
+            free = [engine for engine in self._engines if engine.takes(work, self._settings.max_num_seqs)]
             if not free:
                 return
             engine = min(free, key=lambda engine: engine.busy)
@@ -318,21 +319,21 @@ class Fleet:
             return
         if isinstance(result, BaseException):
             if refused := cause_of(result, RequestRefused):
-                self._fail(work.ticket, str(refused))
+                self._fail(work.handle, str(refused))
             else:
                 engine.work[call] = work
                 self._replace(engine, result)
-        elif work.ticket.groups[work.index] is None:
+        elif work.handle.groups[work.index] is None:
             engine.failures = 0
-            work.ticket.groups[work.index] = result
-            work.ticket.missing -= 1
+            work.handle.groups[work.index] = result
+            work.handle.missing -= 1
         self._hand_out()
 
     def _built(self, engine: Engine, result: Any) -> None:
         if isinstance(result, BaseException):
             self._replace(engine, result)
             return
-        if self._transport.introduces_itself:
+        if self._transport.owns_init:
             engine.info = result
             return
 
@@ -356,7 +357,7 @@ class Fleet:
             self._waiting.appendleft(work)
             if work.failures >= MOST_ATTEMPTS:
                 self._fail(
-                    work.ticket,
+                    work.handle,
                     f"{work.failures} vLLM engines failed while they sampled from {work.request.name}: {reason}",
                 )
         engine.work.clear()
@@ -365,7 +366,7 @@ class Fleet:
         where = "" if engine.info is None else f" on {engine.info.host}"
         # What two say in the same words before they are built, the next would say too.
         again = engine.info is None and reason == engine.before and cause_of(error, EngineFailed)
-        if cause_of(error, EngineUnfit) or again or engine.failures >= self._settings.restarts:
+        if cause_of(error, EngineConfigError) or again or engine.failures >= self._settings.restarts:
             self._given_up[engine.place] = reason
             if len(self._given_up) < self._settings.engines:  # else it is what `_hopeless` says
                 self._say(f"vLLM engine {engine.place}{where} is given up: {reason}")
@@ -375,10 +376,10 @@ class Fleet:
             self._start(engine.place, engine.failures + 1, reason)
         self._hand_out()
 
-    def _fail(self, ticket: Ticket, fault: str) -> None:
-        """The ticket can't be served; nobody need try."""
-        ticket.failure = ticket.failure or SamplingFailed(fault)
-        self._waiting = collections.deque(work for work in self._waiting if work.ticket is not ticket)
+    def _fail(self, handle: SampleHandle, fault: str) -> None:
+        """The handle can't be served; nobody need try."""
+        handle.failure = handle.failure or SamplingFailed(fault)
+        self._waiting = collections.deque(work for work in self._waiting if work.handle is not handle)
 
     # What follows is said by whoever hears of it.
 

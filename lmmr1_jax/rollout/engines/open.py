@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 ENGINE_FILES = ("*.json", "*.txt", "*.jinja")
 """What an engine needs of the model's folder: everything but weights."""
 CPU_KV_CACHE_GIB = 1.0
-MAX_PICTURE_SLACK = 1 << 20
-"""Pixels: a picture enlarged to the lower limit may lie above the upper one by less than this."""
+MAX_IMAGE_SLACK = 1 << 20
+"""Pixels: an image enlarged to the lower limit may lie above the upper one by less than this."""
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def open_sampler(
     Args:
       config: reads `vllm`, `ray`, `rollout`, `eval`, `data` and `run.seed`.
       processor: the model's; from here on it skips prompts that would leave a completion too few of the model's
-        positions, or have more pictures than engines expect.
+        positions, or have more images than engines expect.
       network: the model.
       source: its folder.
       resumed_at: the step that the run goes on from: the engines don't draw again what they drew at its start.
@@ -74,7 +74,7 @@ def open_sampler(
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     leave_room(processor, raw_config, _longest_completion(config))
-    processor.max_pictures = config.vllm.pictures
+    processor.max_images = config.vllm.max_images
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
     files.pop("model.safetensors.index.json", None)
@@ -94,8 +94,8 @@ def open_sampler(
         return TensorStream(params, entries, dtype=dtype, bucket_bytes=transport.stream_bytes, for_engines=True)
 
     bounds = FleetSettings(
-        engines=config.vllm.engines,
-        max_sequences=config.vllm.max_sequences,
+        engines=config.vllm.num_engines,
+        max_num_seqs=config.vllm.max_num_seqs,
         start_timeout=config.vllm.start_timeout,
         sync_timeout=config.vllm.sync_timeout,
         request_timeout=config.vllm.request_timeout,
@@ -103,7 +103,7 @@ def open_sampler(
     )
     introduction = init_info(raw_config, stream(network.abstract_params))
     room = dict(label=config.vllm.label, timeout=config.ray.timeout, check=check)
-    with reserved(bundle, config.vllm.engines, **room) as places:
+    with reserved(bundle, config.vllm.num_engines, **room) as places:
         with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
             merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
             yield VllmSampler(fleet, stream, settings, merge_size)
@@ -170,17 +170,17 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
     return EngineSettings(
         dtype=dtype,
         tensor_parallel=config.vllm.tensor_parallel,
-        max_sequences=config.vllm.max_sequences,
+        max_num_seqs=config.vllm.max_num_seqs,
         max_model_len=processor.max_prompt_tokens + _longest_completion(config),
-        memory_share=config.vllm.memory_share,
+        gpu_memory_utilization=config.vllm.gpu_memory_utilization,
         kv_cache_bytes=int(kv_cache_gib * 2**30),
-        eager=config.vllm.eager or not on_gpu,
+        enforce_eager=config.vllm.enforce_eager or not on_gpu,
         sleeps=config.vllm.colocate and on_gpu,
         seed=config.run.seed,
         banned_ids=tuple(int(i) for i in processor.banned_ids),
         end_ids=tuple(int(i) for i in processor.end_ids),
-        pictures=config.vllm.pictures if processor.config.vision else 0,
-        max_pixels=config.data.max_pixels + MAX_PICTURE_SLACK,
+        max_images=config.vllm.max_images if processor.config.vision else 0,
+        max_pixels=config.data.max_pixels + MAX_IMAGE_SLACK,
         backend=backend,
         cpu_threads=0 if on_gpu else config.vllm.cpus,
         arguments=engine_arguments(config.vllm),

@@ -15,17 +15,17 @@ class EngineSettings:
     Attributes:
       dtype: of its weights and products, "float32" or "bfloat16".
       tensor_parallel: devices that share its weights.
-      max_sequences: completions that it samples at a time.
+      max_num_seqs: completions that it samples at a time.
       max_model_len: tokens of the longest prompt with its completion.
-      memory_share: of its device's memory.
-      kv_cache_bytes: memory for keys and values, over `memory_share`; 0 leaves it to vLLM.
-      eager: no compilation and no CUDA graphs.
+      gpu_memory_utilization: of its device's memory.
+      kv_cache_bytes: memory for keys and values, over `gpu_memory_utilization`; 0 leaves it to vLLM.
+      enforce_eager: no compilation and no CUDA graphs.
       sleeps: the engine gives its memory back between rollouts.
       seed: of its random numbers.
       banned_ids: ids that are never sampled.
       end_ids: ids that end a completion.
-      pictures: of one prompt at most.
-      max_pixels: of a picture.
+      max_images: of one prompt at most.
+      max_pixels: of an image.
       backend: name of the weight-transfer engine.
       cpu_threads: of an engine on a CPU; 0 leaves it to vLLM.
       arguments: further arguments of vLLM's `EngineArgs`.
@@ -33,16 +33,16 @@ class EngineSettings:
 
     dtype: str
     tensor_parallel: int
-    max_sequences: int
+    max_num_seqs: int
     max_model_len: int
-    memory_share: float
+    gpu_memory_utilization: float
     kv_cache_bytes: int
-    eager: bool
+    enforce_eager: bool
     sleeps: bool
     seed: int
     banned_ids: tuple[int, ...]
     end_ids: tuple[int, ...]
-    pictures: int
+    max_images: int
     max_pixels: int
     backend: str
     cpu_threads: int = 0
@@ -55,10 +55,10 @@ class GroupRequest:
 
     Attributes:
       name: unique among the requests of a run.
-      token_ids: int32 `[P]`, every picture expanded to its number of picture tokens: what the engine's own prompt
+      token_ids: int32 `[P]`, every image expanded to its number of image tokens: what the engine's own prompt
         must come out as.
-      short_ids: int32 `[S]`, the same with one token per picture: what the engine is given.
-      pictures: uint8 `[height, width, 3]` each, at their final sizes.
+      short_ids: int32 `[S]`, the same with one token per image: what the engine is given.
+      images: uint8 `[height, width, 3]` each, at their final sizes.
       completions: how many.
       max_new_tokens: limit of each.
       temperature: 0 is greedy.
@@ -70,7 +70,7 @@ class GroupRequest:
     name: str
     token_ids: np.ndarray
     short_ids: np.ndarray
-    pictures: tuple[np.ndarray, ...]
+    images: tuple[np.ndarray, ...]
     completions: int
     max_new_tokens: int
     temperature: float = 1.0
@@ -103,7 +103,7 @@ class EngineFailed(Exception):
     """An engine that can't go on; one line of what its own exception said, which this side may lack the classes of."""
 
 
-class EngineUnfit(EngineFailed):
+class EngineConfigError(EngineFailed):
     """An engine that can't be what it was told to be, and another in its place could not either: no vLLM there, or one
     that refuses its arguments or has another model than the learner."""
 

@@ -153,7 +153,9 @@ def reserved(
             check()
             if time.monotonic() > deadline:
                 fault = _no_room(bundle, count, label)
-                raise UserError(f"vllm.engines {count}: the cluster has no room for them within ray.timeout: {fault}")
+                raise UserError(
+                    f"vllm.num_engines {count}: the cluster has no room for them within ray.timeout: {fault}"
+                )
         yield Places(group, dict(bundle))
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone

@@ -15,7 +15,7 @@ SHARED_ATTEMPTS = 2
 """After so many failures a request gets an engine for itself: the next failure is nobody else's."""
 
 
-class Ticket:
+class SampleHandle:
     """Requests that belong together, and what has come of them; made by `Fleet.submit`."""
 
     def __init__(self, requests: int):
@@ -29,7 +29,7 @@ class Work:
     """One request on its way."""
 
     request: GroupRequest
-    ticket: Ticket
+    handle: SampleHandle
     index: int
     failures: int = 0
     since: float = 0.0

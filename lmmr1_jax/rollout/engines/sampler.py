@@ -18,7 +18,7 @@ import numpy as np
 
 from lmmr1_jax.rollout.engines.fleet import Fleet
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest
-from lmmr1_jax.rollout.engines.requests import Ticket
+from lmmr1_jax.rollout.engines.requests import SampleHandle
 from lmmr1_jax.types.records import Completion, EncodedPrompt
 from weights_bridge.stream import TensorStream
 
@@ -47,18 +47,18 @@ class VllmSampler:
         self._settings, self._merged = settings, merge_size**2
         self._numbers = itertools.count()
 
-    def load(self, params: Mapping[str, Any], version: int, *, within: bool = False) -> None:
+    def load(self, params: Mapping[str, Any], version: int, *, in_flight: bool = False) -> None:
         """Gives the engines these weights.
 
         Args:
-          params: the network's parameters; they are read until `forget`.
+          params: the network's parameters; they are read until `release_params`.
           version: how many updates they have seen; completions carry it.
-          within: change them in the midst of completions.
+          in_flight: change them in the midst of completions.
         """
-        self.fleet.load(self.stream(params), version, within=within)
+        self.fleet.load(self.stream(params), version, in_flight=in_flight)
         self.version = version
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing is wanted until the next `load`: engines that share the learner's devices give their memory back."""
         if self._settings.sleeps:
             self.fleet.sleep()
@@ -70,9 +70,9 @@ class VllmSampler:
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
 
-    def forget(self) -> None:
+    def release_params(self) -> None:
         """The parameters are about to be donated to an update."""
-        self.fleet.forget()
+        self.fleet.release_params()
 
     def sample(self, encoded: Sequence[EncodedPrompt], n: int, **settings: Any) -> list[tuple[Completion, ...]]:
         """n completions for each prompt, in order; arguments as in `submit`."""
@@ -89,7 +89,7 @@ class VllmSampler:
         top_p: float = 1.0,
         top_k: int = 0,
         ignore_ends: bool = False,
-    ) -> Ticket:
+    ) -> SampleHandle:
         """Begins to sample and returns at once.
 
         Args:
@@ -103,9 +103,9 @@ class VllmSampler:
         )
         return self.fleet.submit([self._request(prompt, n, **settings) for prompt in encoded])
 
-    def collect(self, ticket: Ticket) -> list[tuple[Completion, ...]]:
+    def collect(self, handle: SampleHandle) -> list[tuple[Completion, ...]]:
         """Waits for what `submit` began."""
-        return [tuple(Completion(**vars(sampled)) for sampled in group) for group in self.fleet.collect(ticket)]
+        return [tuple(Completion(**vars(sampled)) for sampled in group) for group in self.fleet.collect(handle)]
 
     def probe(
         self, prompt: EncodedPrompt, n: int, *, max_new_tokens: int, temperature: float
@@ -119,18 +119,18 @@ class VllmSampler:
             name=f"{prompt.prompt.prompt_id}#{next(self._numbers)}",
             token_ids=prompt.token_ids,
             short_ids=self._short_ids(prompt),
-            pictures=tuple(picture.pixels for picture in prompt.pictures),
+            images=tuple(image.pixels for image in prompt.images),
             completions=n,
             **settings,
         )
 
     def _short_ids(self, prompt: EncodedPrompt) -> np.ndarray:
-        """The prompt with one token per picture: vLLM expands it again, and the engine compares."""
+        """The prompt with one token per image: vLLM expands it again, and the engine compares."""
         kept = np.ones(len(prompt.token_ids), bool)
         at = 0
-        for picture in prompt.pictures:
-            tokens = int(np.prod(picture.grid_thw)) // self._merged
-            kept[prompt.picture_slots[at + 1 : at + tokens]] = False
+        for image in prompt.images:
+            tokens = int(np.prod(image.grid_thw)) // self._merged
+            kept[prompt.image_slots[at + 1 : at + tokens]] = False
             at += tokens
         return prompt.token_ids[kept]
 

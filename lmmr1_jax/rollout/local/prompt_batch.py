@@ -1,4 +1,4 @@
-"""Encoded prompts as arrays of fixed shape, for prefill and for scoring: rows padded on the right, pictures packed.
+"""Encoded prompts as arrays of fixed shape, for prefill and for scoring: rows padded on the right, images packed.
 
 Shapes only ever grow, in few steps, so that a run compiles few programs. They are part of a run's state: padding can
 change the last bit of a sum, so a resumed run goes on with the shapes that it had.
@@ -14,13 +14,13 @@ import numpy as np
 from jaxtyping import Float
 
 from lmmr1_jax.models.config import VisionConfig
-from lmmr1_jax.models.vision_batch import pack_pictures, slots_needed
+from lmmr1_jax.models.vision_batch import pack_images, slots_needed
 from lmmr1_jax.types.batches import VisionBatch
-from lmmr1_jax.types.records import EncodedPrompt, Picture
+from lmmr1_jax.types.records import EncodedPrompt, Image
 
 SHORTEST_ROW = 64
 
-PatchesOf = Callable[[Picture], Float[np.ndarray, "patches values"]]
+PatchesOf = Callable[[Image], Float[np.ndarray, "patches values"]]
 
 
 def round_up(size: int, multiple: int = 1) -> int:
@@ -36,13 +36,13 @@ class PromptShapes:
 
     Attributes:
       tokens: length of a row.
-      picture_slots: length of a vision row; 0 until a picture has been seen.
-      picture_rows: vision rows in a batch.
+      image_slots: length of a vision row; 0 until an image has been seen.
+      image_rows: vision rows in a batch.
     """
 
     tokens: int = 0
-    picture_slots: int = 0
-    picture_rows: int = 0
+    image_slots: int = 0
+    image_rows: int = 0
 
     def grown(
         self, parts: Sequence[Sequence[EncodedPrompt]], vision: VisionConfig | None, *, multiple: int = 1
@@ -50,13 +50,13 @@ class PromptShapes:
         """These shapes, enlarged until each part, a batch of its own, has room; vision rows are a multiple."""
         longest = max(len(encoded.token_ids) for part in parts for encoded in part)
         tokens = max(self.tokens, SHORTEST_ROW, round_up(longest))
-        sizes = [[slots_needed(p.grid_thw, vision) for encoded in part for p in encoded.pictures] for part in parts]
+        sizes = [[slots_needed(p.grid_thw, vision) for encoded in part for p in encoded.images] for part in parts]
         largest = max((size for part in sizes for size in part), default=0)
         if not largest:
             return dataclasses.replace(self, tokens=tokens)
-        slots = max(self.picture_slots, round_up(largest, vision.window_slots))
+        slots = max(self.image_slots, round_up(largest, vision.window_slots))
         rows = max(round_up(_rows_first_fit(part, slots), multiple) for part in sizes)
-        return PromptShapes(tokens, slots, max(rows, self.picture_rows))
+        return PromptShapes(tokens, slots, max(rows, self.image_rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +67,16 @@ class PromptBatch:
       tokens: int32 `[P, L]`.
       positions: int32 `[3, P, L]`.
       segment_ids: int32 `[P, L]`, 1 at tokens and 0 at padding.
-      picture_slots: int32 `[P, L]`, the merged picture token that stands here, -1 for text.
+      image_slots: int32 `[P, L]`, the merged image token that stands here, -1 for text.
       lengths: int32 `[P]`, at least 1.
       next_positions: int32 `[P]`, the first completion token's position.
-      vision: the pictures of all the prompts, or None.
+      vision: the images of all the prompts, or None.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     segment_ids: np.ndarray
-    picture_slots: np.ndarray
+    image_slots: np.ndarray
     lengths: np.ndarray
     next_positions: np.ndarray
     vision: VisionBatch | None
@@ -99,7 +99,7 @@ def batch_prompts(
     tokens = np.zeros((rows, shapes.tokens), np.int32)
     positions = np.zeros((3, rows, shapes.tokens), np.int32)
     segment_ids = np.zeros((rows, shapes.tokens), np.int32)
-    picture_slots = np.full((rows, shapes.tokens), -1, np.int32)
+    image_slots = np.full((rows, shapes.tokens), -1, np.int32)
     lengths = np.ones(rows, np.int32)
     next_positions = np.zeros(rows, np.int32)
     segment_ids[len(batch) :, 0] = 1
@@ -110,19 +110,19 @@ def batch_prompts(
         segment_ids[row, :length] = 1
         lengths[row], next_positions[row] = length, encoded.next_position
     vision_batch = None
-    if shapes.picture_rows:
-        pictures = [(patches_of(picture), picture.grid_thw) for encoded in batch for picture in encoded.pictures]
-        vision_batch, slots = pack_pictures(pictures, vision, slots=shapes.picture_slots, rows=shapes.picture_rows)
+    if shapes.image_rows:
+        images = [(patches_of(image), image.grid_thw) for encoded in batch for image in encoded.images]
+        vision_batch, slots = pack_images(images, vision, slots=shapes.image_slots, rows=shapes.image_rows)
         remaining = iter(slots)
         for row, encoded in enumerate(batch):
-            if encoded.pictures:
-                own = np.concatenate([next(remaining) for _ in encoded.pictures])
-                picture_slots[row, encoded.picture_slots] = own
-    return PromptBatch(tokens, positions, segment_ids, picture_slots, lengths, next_positions, vision_batch)
+            if encoded.images:
+                own = np.concatenate([next(remaining) for _ in encoded.images])
+                image_slots[row, encoded.image_slots] = own
+    return PromptBatch(tokens, positions, segment_ids, image_slots, lengths, next_positions, vision_batch)
 
 
 def _rows_first_fit(sizes: Sequence[int], slots: int) -> int:
-    """Rows of `slots` slots that pictures of these sizes take, each in the first row with room, as they are packed."""
+    """Rows of `slots` slots that images of these sizes take, each in the first row with room, as they are packed."""
     room: list[int] = []
     for size in sizes:
         row = next((index for index, free in enumerate(room) if free >= size), None)

@@ -4,7 +4,7 @@
     sampler.load(params, version=step)
     groups = sampler.sample(encoded, 8, max_new_tokens=256, key=sampling_key(seed, step))
 
-A prompt is read once, pictures included, whatever the number of its completions. What is sampled for a completion
+A prompt is read once, images included, whatever the number of its completions. What is sampled for a completion
 depends on the key, the prompt's id and the completion's number, not on what else is in the batch (but for rounding).
 """
 
@@ -57,7 +57,7 @@ class JaxSampler:
         end_ids: Sequence[int],
         patches_of: PatchesOf,
         mesh: Mesh | None = None,
-        max_sequences: int = MAX_SEQUENCES,
+        max_num_seqs: int = MAX_SEQUENCES,
         shapes: PromptShapes | None = None,
     ):
         """Builds nothing yet: programs are compiled when first used.
@@ -69,7 +69,7 @@ class JaxSampler:
           patches_of: `Processor.patches`.
           mesh: the devices over which prompts are split; the decoder's weights are copied to each of them. None, or a
             mesh of one device: where the parameters are.
-          max_sequences: completions that are sampled at a time.
+          max_num_seqs: completions that are sampled at a time.
           shapes: to begin with.
         """
         self.network = network
@@ -78,7 +78,7 @@ class JaxSampler:
         self._banned = np.asarray(sorted(banned_ids), np.int32)
         self._ends = np.asarray(sorted(end_ids), np.int32)
         self._patches_of = patches_of
-        self._max_sequences = max_sequences
+        self._max_sequences = max_num_seqs
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._row_multiple = 1
         if self._mesh is not None:
@@ -88,13 +88,13 @@ class JaxSampler:
         self._params: Mapping[str, Any] | None = None
         self._weights: DecoderWeights | None = None
 
-    def load(self, params: Mapping[str, Any], version: int = 0, *, within: bool = False) -> None:
+    def load(self, params: Mapping[str, Any], version: int = 0, *, in_flight: bool = False) -> None:
         """Takes the weights: they are used where they lie, so load again after an update that donates them.
 
         Args:
           params: the network's parameters, float32.
           version: how many updates they have seen; completions carry it.
-          within: of no meaning here, where nothing is ever sampled meanwhile.
+          in_flight: of no meaning here, where nothing is ever sampled meanwhile.
         """
         language = params["language"]
         dtype = self.network.compute_dtype
@@ -107,20 +107,20 @@ class JaxSampler:
             layers, norm = jax.device_put((layers, norm), replicated)
         self._params, self._weights, self.version = params, DecoderWeights(embedding, head, norm, layers), version
 
-    def forget(self) -> None:
+    def release_params(self) -> None:
         """The parameters are about to be donated to an update."""
         self._params = None
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """Nothing is wanted until the next `load`; the weights are the learner's own, so nothing is given back."""
 
     def submit(self, encoded: Sequence[EncodedPrompt], n: int, **settings: Any) -> Callable[[], Any]:
         """`sample`, put off until `collect` asks for it: there is nothing here that could sample meanwhile."""
         return functools.partial(self.sample, encoded, n, **settings)
 
-    def collect(self, ticket: Callable[[], Any]) -> list[tuple[Completion, ...]]:
+    def collect(self, handle: Callable[[], Any]) -> list[tuple[Completion, ...]]:
         """What `submit` put off."""
-        return ticket()
+        return handle()
 
     def state(self) -> dict[str, Any]:
         """The shapes in use, which a resumed run must go on with to sample the same last bits."""
@@ -267,8 +267,8 @@ _unstack = jax.jit(unstack_layers, static_argnames=("config", "dtype"))
 def _prefill(params, batch: PromptBatch, *, network: Network):
     """The last token's hidden state `[P, D]`, and keys and values `[N, P, L, K, d]`."""
     model = network.bind(params)
-    features = None if batch.vision is None else model.encode_pictures(batch.vision)
-    x = model.embed(batch.tokens, batch.picture_slots, features)
+    features = None if batch.vision is None else model.encode_images(batch.vision)
+    x = model.embed(batch.tokens, batch.image_slots, features)
     hidden, keys, values = model.prefill(x, batch.positions, batch.segment_ids, batch.segment_ids)
     last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], 1)[:, 0]
     return last, keys, values

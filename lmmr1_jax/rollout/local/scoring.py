@@ -70,8 +70,8 @@ def _join(encoded: EncodedPrompt, completion: Int[np.ndarray, " tokens"]) -> Enc
 
 def _score(params, batch: PromptBatch, source, targets, *, network: Network):
     model = network.bind(params)
-    features = None if batch.vision is None else model.encode_pictures(batch.vision)
-    x = model.embed(batch.tokens, batch.picture_slots, features)
+    features = None if batch.vision is None else model.encode_images(batch.vision)
+    x = model.embed(batch.tokens, batch.image_slots, features)
     hidden = model.hidden(x, batch.positions, batch.segment_ids, batch.segment_ids)
     predicting = jnp.take_along_axis(hidden, source[..., None], 1)
     return token_log_probs(

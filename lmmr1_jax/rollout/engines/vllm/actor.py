@@ -47,9 +47,9 @@ class EngineActor:
         """See `Engine.initialise`."""
         await asyncio.wrap_future(self._engine.initialise(info))
 
-    async def begin_update(self, within: bool) -> None:
+    async def begin_update(self, in_flight: bool) -> None:
         """See `Engine.begin_update`."""
-        await asyncio.wrap_future(self._engine.begin_update(within=within))
+        await asyncio.wrap_future(self._engine.begin_update(in_flight=in_flight))
 
     async def update(self, info: dict[str, Any]) -> None:
         """What the learner's transport says of what comes now, as vLLM's `update_weights` takes it."""

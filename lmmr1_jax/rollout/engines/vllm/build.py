@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from lmmr1_jax.rollout.engines.protocol import EngineSettings, EngineUnfit
+from lmmr1_jax.rollout.engines.protocol import EngineConfigError, EngineSettings
 from weights_bridge.vllm.plugin import AWAIT_WEIGHTS
 
 OLDEST_VLLM = (0, 32)
@@ -35,12 +35,12 @@ def build(settings: EngineSettings, folder: Path) -> Any:
     try:
         import vllm
     except Exception as error:  # not there, or not to be had with the torch that is there
-        raise EngineUnfit(
+        raise EngineConfigError(
             f"vLLM can't be imported on {socket.gethostname()} ({one_line(error)}); "
             "requirements-sampler.txt installs it"
         ) from error
     if (numbers := re.match(r"(\d+)\.(\d+)", vllm.__version__)) and tuple(map(int, numbers.groups())) < OLDEST_VLLM:
-        raise EngineUnfit(
+        raise EngineConfigError(
             f"vLLM {vllm.__version__} on {socket.gethostname()} is too old to take weights: it must be 0.32"
         )
     from vllm.config import WeightTransferConfig
@@ -55,10 +55,10 @@ def build(settings: EngineSettings, folder: Path) -> Any:
         "dtype": settings.dtype,
         "seed": settings.seed,
         "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_sequences,
+        "max_num_seqs": settings.max_num_seqs,
         "tensor_parallel_size": settings.tensor_parallel,
         "distributed_executor_backend": "mp" if settings.tensor_parallel > 1 else "uni",
-        "enforce_eager": settings.eager,
+        "enforce_eager": settings.enforce_eager,
         "enable_sleep_mode": settings.sleeps and not on_cpu,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
@@ -69,26 +69,26 @@ def build(settings: EngineSettings, folder: Path) -> Any:
         "additional_config": {"banned_token_ids": list(settings.banned_ids)},
         "weight_transfer_config": WeightTransferConfig(backend=settings.backend),
     }
-    if settings.pictures:
-        arguments["limit_mm_per_prompt"] = {"image": settings.pictures, "video": 0}
-        # Pictures come at their final size, a thin one thinner than vLLM would resize. The limits, both in pixels, say
-        # for how large a picture it makes room.
+    if settings.max_images:
+        arguments["limit_mm_per_prompt"] = {"image": settings.max_images, "video": 0}
+        # Images come at their final size, a thin one thinner than vLLM would resize. The limits, both in pixels, say
+        # for how large an image it makes room.
         edges = {"shortest_edge": 1, "longest_edge": settings.max_pixels}
         arguments["mm_processor_kwargs"] = {"size": edges, "do_resize": False}
     if settings.kv_cache_bytes:
         arguments["kv_cache_memory_bytes"] = settings.kv_cache_bytes
     else:
-        arguments["gpu_memory_utilization"] = settings.memory_share
+        arguments["gpu_memory_utilization"] = settings.gpu_memory_utilization
     known = [field.name for field in dataclasses.fields(EngineArgs)]
     for name in settings.arguments:
         if name not in known:
             hint = difflib.get_close_matches(name, known, 1)
             also = f"; did you mean {hint[0]}?" if hint else ""
-            raise EngineUnfit(f"vllm.arguments: vLLM {vllm.__version__} has no argument {name!r}{also}")
+            raise EngineConfigError(f"vllm.arguments: vLLM {vllm.__version__} has no argument {name!r}{also}")
     try:
         return LLMEngine.from_engine_args(EngineArgs(**arguments | settings.arguments))
     except (TypeError, ValueError) as error:  # its own word for arguments that it refuses
-        raise EngineUnfit(f"vLLM refuses its arguments: {one_line(error)}") from error
+        raise EngineConfigError(f"vLLM refuses its arguments: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from lmmr1_jax.rollout.engines.protocol import (
+    EngineConfigError,
     EngineFailed,
     EngineSettings,
-    EngineUnfit,
     GroupRequest,
     RequestRefused,
     SampledCompletion,
@@ -38,8 +38,8 @@ class Engine:
     """The engine's thread, and what other threads may ask of it. Methods return futures.
 
     An update of the weights is `begin_update`, `receive` once a bucket, `finish_update`. Between begin and finish
-    nothing is sampled. With `within=False` the update waits until what is being sampled has ended, and what was not
-    begun waits for the new weights; with `within=True` completions stop where they are, keep their keys and values,
+    nothing is sampled. With `in_flight=False` the update waits until what is being sampled has ended, and what was not
+    begun waits for the new weights; with `in_flight=True` completions stop where they are, keep their keys and values,
     and go on under the new weights.
     """
 
@@ -78,7 +78,7 @@ class Engine:
         return group.result
 
     def initialise(self, info: dict[str, Any]) -> Future:
-        """Tells the weight-transfer engine who the learner is; `EngineUnfit` where the two have other models."""
+        """Tells the weight-transfer engine who the learner is; `EngineConfigError` where the two have other models."""
         # Other transports meet here, and what fails may be the other side: another engine can do better.
         compares = self._settings.backend == HOST_BACKEND
 
@@ -88,12 +88,12 @@ class Engine:
 
         return self._ask(initialise)
 
-    def begin_update(self, *, within: bool) -> Future:
+    def begin_update(self, *, in_flight: bool) -> Future:
         """Stops sampling; done when the engine is ready to receive."""
         future: Future = Future()
 
         def begin() -> None:
-            if within or not self._running():
+            if in_flight or not self._running():
                 self._begin(future)
             else:
                 self._draining = (future, lambda: self._begin(future))
@@ -201,13 +201,13 @@ class Engine:
 
     def _admit(self) -> None:
         """Hands to vLLM what it can begin at once. What waits, waits here: under which weights a request begins is
-        then known, and its cached prefix and pictures can be named by them."""
+        then known, and its cached prefix and images can be named by them."""
         if self._updating or self._draining is not None or self._version is None:
             return
         busy = sum(group.unfinished for group in self._groups.values())
         while self._waiting:
             group = self._waiting[0]
-            full = busy + group.sampled > self._settings.max_sequences
+            full = busy + group.sampled > self._settings.max_num_seqs
             if full and self._groups and not group.request.urgent:
                 return
             self._waiting.popleft()
@@ -220,7 +220,7 @@ class Engine:
             busy += group.sampled
 
     def _prompt_and_params(self, group: _Group) -> tuple[dict[str, Any], Any]:
-        from PIL import Image
+        import PIL.Image
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -229,9 +229,9 @@ class Engine:
             "prompt_token_ids": request.short_ids.tolist(),
             "cache_salt": f"weights-{self._version}",
         }
-        if request.pictures:
-            prompt["multi_modal_data"] = {"image": [Image.fromarray(pixels) for pixels in request.pictures]}
-            names = [f"{request.name}-{number}-weights-{self._version}" for number in range(len(request.pictures))]
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [PIL.Image.fromarray(pixels) for pixels in request.images]}
+            names = [f"{request.name}-{number}-weights-{self._version}" for number in range(len(request.images))]
             prompt["multi_modal_uuids"] = {"image": names}
         params = SamplingParams(
             n=group.sampled,
@@ -342,7 +342,7 @@ def _unfit() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise EngineUnfit(one_line(error)) from error
+        raise EngineConfigError(one_line(error)) from error
 
 
 def _as_failure(error: BaseException) -> EngineFailed:
@@ -356,6 +356,6 @@ def _set_exception(future: Future, error: BaseException) -> None:
 
 
 def _other_prompt(request: GroupRequest, ids: list[int]) -> str:
-    sizes = ", ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in request.pictures)
+    sizes = ", ".join(f"{pixels.shape[1]}x{pixels.shape[0]}" for pixels in request.images)
     expected = len(request.token_ids)
-    return f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {expected} (pictures: {sizes or 'none'})"
+    return f"{request.name}: vLLM makes {len(ids)} tokens of a prompt of {expected} (images: {sizes or 'none'})"

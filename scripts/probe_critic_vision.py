@@ -1,10 +1,10 @@
-"""How much of the returns PPO's critic predicts with the pictures, and how much the same critic does without them.
+"""How much of the returns PPO's critic predicts with the images, and how much the same critic does without them.
 
-    python scripts/critic_sees.py --steps 100
+    python scripts/probe_critic_vision.py --steps 100
 
-The starting policy of `configs/ppo.py` writes completions and stays as it is (`critic.freezing_actor_steps`), so that
-rewards depend on prompts and completions alone. Two critics start from the same parameters and learn from the same
-completions; for the blind one `<|image_pad|>`'s embedding stands where a picture's features should. Both are then asked
+The starting policy of `configs/demo/ppo.py` writes completions and stays as it is (`critic.freezing_actor_steps`), so
+that rewards depend on prompts and completions alone. Two critics start from the same parameters and learn from the same
+completions; for the blind one `<|image_pad|>`'s embedding stands where an image's features should. Both are then asked
 for the values of every token of completions of held-out prompts, and of two kinds of tokens among them: each
 completion's first, whose state is the prompt alone, and its last, before which the answer has been written.
 """
@@ -39,7 +39,7 @@ CRITICS = ("sighted", "blind")
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "ppo.py"))
+    parser.add_argument("--config", default=str(Path(__file__).parents[1] / "configs" / "demo" / "ppo.py"))
     parser.add_argument("--steps", type=int, default=100, help="updates of each critic")
     parser.add_argument("--every", type=int, default=25, help="updates between measurements")
     parser.add_argument("--held-out", type=int, default=256, help="held-out prompts")
@@ -65,7 +65,7 @@ def compare(config: TrainConfig, verifier: Verifier, steps: int, every: int, hel
     """Explained variances of both critics' values on held-out prompts; a record for every measurement."""
     policy, skips = assembly.assemble_policy(config), SkipLog()
     prompts, unseen = assembly.read_data(config, policy.processor, verifier, skips)
-    feeder = assembly.build_feeder(config, prompts, policy.processor, skips)
+    loader = assembly.build_prompt_loader(config, prompts, policy.processor, skips)
     learner = assembly.build_learner(config, policy, steps * registry.updates_per_rollout(config))
     rewards = assembly.build_rewards(config, policy, verifier, lambda: None)
     step = Step(config, policy, learner, rewards.score)
@@ -91,13 +91,13 @@ def compare(config: TrainConfig, verifier: Verifier, steps: int, every: int, hel
                 measured[-1] |= {f"{name}, {where}": x for where, x in explained(learner, state, exam, name).items()}
             print("  ".join(f"{key} {value:.3g}" for key, value in measured[-1].items()), flush=True)
         if number < steps:
-            batches = sampled(feeder.take(size), number, states["sighted"])
+            batches = sampled(loader.take(size), number, states["sighted"])
             for name in CRITICS:
                 for batch in batches:
                     seen = as_seen_by(name, batch)
                     seen = dataclasses.replace(seen, values=learner.values(states[name], seen))
                     states[name], _ = learner.update(states[name], seen)
-    feeder.close()
+    loader.close()
     return measured
 
 
@@ -116,10 +116,10 @@ def explained(learner: Learner, state: TrainState, exam: Sequence[PackedBatch], 
 
 
 def as_seen_by(name: str, batch: PackedBatch) -> PackedBatch:
-    """The batch; for the blind critic no slot takes a picture's features."""
+    """The batch; for the blind critic no slot takes an image's features."""
     if name == "sighted":
         return batch
-    return dataclasses.replace(batch, picture_slots=np.full_like(batch.picture_slots, -1))
+    return dataclasses.replace(batch, image_slots=np.full_like(batch.image_slots, -1))
 
 
 if __name__ == "__main__":

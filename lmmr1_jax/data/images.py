@@ -1,6 +1,6 @@
-"""A picture from its bytes to patches: decoded to RGB, resized once to its final size, cut into patches.
+"""An image from its bytes to patches: decoded to RGB, resized once to its final size, cut into patches.
 
-The numbers are those of transformers' `Qwen2VLImageProcessorPil`. Pictures are kept as pixels at their final size
+The numbers are those of transformers' `Qwen2VLImageProcessorPil`. Images are kept as pixels at their final size
 and become patches when a model needs them.
 """
 
@@ -13,28 +13,28 @@ import re
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float, UInt8
-from PIL import Image
 
-from lmmr1_jax.data.faults import BROKEN_PICTURE, EXTREME_PICTURE, PictureFault
+from lmmr1_jax.data.faults import BROKEN_IMAGE, EXTREME_IMAGE, ImageFault
 from lmmr1_jax.data.fetch import FetchPolicy, open_reference, shown
-from lmmr1_jax.types.records import Picture
+from lmmr1_jax.types.records import Image
 
 MAX_DECODED_PIXELS = 64_000_000
 MAX_ASPECT_RATIO = 200
-# PIL also opens formats that start other programs (EPS); these are the ones that pictures on the web and in data
+# PIL also opens formats that start other programs (EPS); these are the ones that images on the web and in data
 # sets come in.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO")
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureFormat:
-    """How a model wants its pictures; the defaults are Qwen2-VL's and Qwen2.5-VL's.
+class ImageFormat:
+    """How a model wants its images; the defaults are Qwen2-VL's and Qwen2.5-VL's.
 
     Attributes:
-      min_pixels, max_pixels: limits of a picture's area at its final size.
+      min_pixels, max_pixels: limits of an image's area at its final size.
       patch_size: side of a patch in pixels.
-      temporal_patch_size: frames in a patch; a picture's one frame is repeated.
+      temporal_patch_size: frames in a patch; an image's one frame is repeated.
       merge_size: patches along the side of a merged token.
       mean, std, rescale: of the normalisation (value * rescale - mean) / std, per channel.
     """
@@ -54,69 +54,69 @@ class PictureFormat:
         return self.patch_size * self.merge_size
 
 
-def load_picture(reference: str, base: Path, policy: FetchPolicy, form: PictureFormat) -> Picture:
-    """Fetches, decodes and resizes a picture.
+def load_image(reference: str, base: Path, policy: FetchPolicy, form: ImageFormat) -> Image:
+    """Fetches, decodes and resizes an image.
 
     Args:
-      reference: the picture's address; see `fetch.open_reference`.
+      reference: the image's address; see `fetch.open_reference`.
       base: the folder that relative paths start from.
-      policy: from where pictures may come.
+      policy: from where images may come.
       form: the limits and sizes of the model.
 
     Raises:
-      PictureFault: `missing_picture`, `forbidden_path`, `broken_picture` or `extreme_picture`.
+      ImageFault: `missing_image`, `forbidden_path`, `broken_image` or `extreme_image`.
     """
     with open_reference(reference, base, policy) as file:
-        image, animated = decode_picture(file, shown(reference))
-    height, width = final_size(image.height, image.width, form.min_pixels, form.max_pixels, form.factor)
-    if (height, width) != (image.height, image.width):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        opened, animated = decode_image(file, shown(reference))
+    height, width = final_size(opened.height, opened.width, form.min_pixels, form.max_pixels, form.factor)
+    if (height, width) != (opened.height, opened.width):
+        opened = opened.resize((width, height), PIL.Image.Resampling.BICUBIC)
     grid = (1, height // form.patch_size, width // form.patch_size)
-    return Picture(pixels=np.array(image, np.uint8), grid_thw=grid, animated=animated)
+    return Image(pixels=np.array(opened, np.uint8), grid_thw=grid, animated=animated)
 
 
-def decode_picture(file: io.IOBase, name: str) -> tuple[Image.Image, bool]:
-    """The first frame as an RGB image, and whether there are more frames. Rotation in EXIF is ignored.
+def decode_image(file: io.IOBase, name: str) -> tuple[PIL.Image.Image, bool]:
+    """The first frame as an RGB opened, and whether there are more frames. Rotation in EXIF is ignored.
 
     Raises:
-      PictureFault: `broken_picture`, or `extreme_picture` for too many pixels or too long a side.
+      ImageFault: `broken_image`, or `extreme_image` for too many pixels or too long a side.
     """
     try:
-        image = Image.open(file, formats=FORMATS)
-        _refuse_extremes(image, name)
-        image.load()
-        rgb = to_rgb(image)
-        # The further pictures of a camera's MPO file are previews and depth maps, no frames.
-        return rgb, image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except PictureFault:
+        opened = PIL.Image.open(file, formats=FORMATS)
+        _refuse_extremes(opened, name)
+        opened.load()
+        rgb = to_rgb(opened)
+        # The further images of a camera's MPO file are previews and depth maps, no frames.
+        return rgb, opened.format != "MPO" and bool(getattr(opened, "is_animated", False))
+    except ImageFault:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # a warning where warnings are errors
-        raise PictureFault(EXTREME_PICTURE, f"{name}: more than {MAX_DECODED_PIXELS:,} pixels") from None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):  # warnings may be errors
+        raise ImageFault(EXTREME_IMAGE, f"{name}: more than {MAX_DECODED_PIXELS:,} pixels") from None
     except Exception as error:  # on broken bytes PIL's decoders raise nearly anything
         # PIL names the stream by its address in memory, which would differ from run to run.
         reason = re.sub(r"<_io\.\w+ .*?>", "it", str(error)) or type(error).__name__
-        raise PictureFault(BROKEN_PICTURE, f"{name}: {reason}") from None
+        raise ImageFault(BROKEN_IMAGE, f"{name}: {reason}") from None
 
 
-def _refuse_extremes(image: Image.Image, name: str) -> None:
-    width, height = image.size
+def _refuse_extremes(opened: PIL.Image.Image, name: str) -> None:
+    width, height = opened.size
     if min(width, height) < 1:
-        raise PictureFault(BROKEN_PICTURE, f"{name}: {width}x{height} pixels")
+        raise ImageFault(BROKEN_IMAGE, f"{name}: {width}x{height} pixels")
     if width * height > MAX_DECODED_PIXELS:
-        raise PictureFault(EXTREME_PICTURE, f"{name}: {width}x{height}, more than {MAX_DECODED_PIXELS:,} pixels")
+        raise ImageFault(EXTREME_IMAGE, f"{name}: {width}x{height}, more than {MAX_DECODED_PIXELS:,} pixels")
     if max(width, height) / min(width, height) > MAX_ASPECT_RATIO:
-        raise PictureFault(EXTREME_PICTURE, f"{name}: {width}x{height}, an aspect ratio above {MAX_ASPECT_RATIO}")
+        raise ImageFault(EXTREME_IMAGE, f"{name}: {width}x{height}, an aspect ratio above {MAX_ASPECT_RATIO}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(opened: PIL.Image.Image) -> PIL.Image.Image:
     """Any mode to RGB; what is transparent shows white. 16-bit grey keeps its upper byte (PIL alone would clip it)."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if opened.mode.startswith("I;16"):
+        return PIL.Image.fromarray((np.asarray(opened).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if "A" in opened.getbands() or "a" in opened.getbands() or opened.info.get("transparency") is not None:
+        opened = opened.convert("RGBA")
+        white = PIL.Image.new("RGBA", opened.size, (255, 255, 255, 255))
+        return PIL.Image.alpha_composite(white, opened).convert("RGB")
+    return opened.convert("RGB")
 
 
 def final_size(height: int, width: int, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def final_size(height: int, width: int, min_pixels: int, max_pixels: int, factor
     return new_height, new_width
 
 
-def patchify(pixels: UInt8[np.ndarray, "height width 3"], form: PictureFormat) -> Float[np.ndarray, "patches values"]:
+def patchify(pixels: UInt8[np.ndarray, "height width 3"], form: ImageFormat) -> Float[np.ndarray, "patches values"]:
     """Normalised patches, float32 `[patches, 3 * temporal * patch * patch]`, in Hugging Face's order.
 
     Patches that merge into one token follow each other; within a patch the order is channel, frame, row, column.

@@ -1,4 +1,4 @@
-"""PPO on the embedded default (`embedded.py`): a critic of its own, which sees the pictures, for a baseline."""
+"""PPO on the embedded default (`embedded.py`): a critic of its own, which sees the images, for a baseline."""
 
 from embedded import embedded
 

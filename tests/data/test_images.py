@@ -1,4 +1,4 @@
-"""Any picture becomes what transformers' PIL processor would make of it, or a fault with its reason."""
+"""Any image becomes what transformers' PIL processor would make of it, or a fault with its reason."""
 
 import base64
 import io
@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmmr1_jax.data.faults import PictureFault
+from lmmr1_jax.data.faults import ImageFault
 from lmmr1_jax.data.fetch import FetchPolicy
-from lmmr1_jax.data.pictures import PictureFormat, final_size, load_picture, patchify
+from lmmr1_jax.data.images import ImageFormat, final_size, load_image, patchify
 
-FORM, ANYWHERE = PictureFormat(), FetchPolicy()
+FORM, ANYWHERE = ImageFormat(), FetchPolicy()
 
 
 def scene(height, width, seed=0):
-    """An RGB picture with coarse and fine structure."""
+    """An RGB image with coarse and fine structure."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (max(height // 9, 1), max(width // 9, 1), 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height)), np.int16) + rng.integers(-9, 10, (height, width, 3))
@@ -26,12 +26,12 @@ def scene(height, width, seed=0):
 
 
 def load(path, policy=ANYWHERE, form=FORM):
-    return load_picture(str(path), path.parent, policy, form)
+    return load_image(str(path), path.parent, policy, form)
 
 
 def reason(reference, base, policy=ANYWHERE, form=FORM):
-    with pytest.raises(PictureFault) as caught:
-        load_picture(str(reference), base, policy, form)
+    with pytest.raises(ImageFault) as caught:
+        load_image(str(reference), base, policy, form)
     assert "\n" not in caught.value.detail and caught.value.detail
     return caught.value.reason
 
@@ -42,13 +42,13 @@ SIZES = [(1, 1), (28, 28), (57, 91), (84, 84), (300, 400), (1, 150), (1300, 900)
 @pytest.mark.parametrize("height, width", SIZES)
 def test_pixels_and_patches_are_those_of_transformers(tmp_path, height, width):
     oracle = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    image = scene(height, width)
-    image.save(tmp_path / "a.png")
+    opened = scene(height, width)
+    opened.save(tmp_path / "a.png")
     size = {"shortest_edge": FORM.min_pixels, "longest_edge": FORM.max_pixels}
-    expected = oracle.Qwen2VLImageProcessorPil(size=size)(images=[image], return_tensors="np")
-    picture = load(tmp_path / "a.png")
-    assert picture.grid_thw == tuple(expected["image_grid_thw"][0])
-    patches = patchify(picture.pixels, FORM)
+    expected = oracle.Qwen2VLImageProcessorPil(size=size)(images=[opened], return_tensors="np")
+    image = load(tmp_path / "a.png")
+    assert image.grid_thw == tuple(expected["image_grid_thw"][0])
+    patches = patchify(image.pixels, FORM)
     assert patches.dtype == np.float32
     np.testing.assert_allclose(patches, expected["pixel_values"], rtol=0, atol=2e-7)
 
@@ -56,22 +56,22 @@ def test_pixels_and_patches_are_those_of_transformers(tmp_path, height, width):
 @pytest.mark.parametrize("mode", ["L", "P", "1", "RGBA", "LA", "CMYK", "transparent palette", "transparent RGB"])
 def test_every_mode_becomes_what_transformers_makes_of_it(tmp_path, mode):
     oracle = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
-    image, name = scene(90, 60), "a.png"
+    opened, name = scene(90, 60), "a.png"
     if mode == "RGBA":
-        image.putalpha(scene(90, 60, 1).convert("L"))
+        opened.putalpha(scene(90, 60, 1).convert("L"))
     elif mode == "LA":
-        image = image.convert("L")
-        image.putalpha(scene(90, 60, 1).convert("L"))
+        opened = opened.convert("L")
+        opened.putalpha(scene(90, 60, 1).convert("L"))
     elif mode == "CMYK":
-        image, name = image.convert("CMYK"), "a.jpg"
+        opened, name = opened.convert("CMYK"), "a.jpg"
     elif mode == "transparent palette":
-        image = image.convert("P")
-        image.info["transparency"] = 3
+        opened = opened.convert("P")
+        opened.info["transparency"] = 3
     elif mode == "transparent RGB":
-        image.info["transparency"] = image.getpixel((0, 0))
+        opened.info["transparency"] = opened.getpixel((0, 0))
     else:
-        image = image.convert(mode)
-    image.save(tmp_path / name, **({"transparency": image.info["transparency"]} if "transparent" in mode else {}))
+        opened = opened.convert(mode)
+    opened.save(tmp_path / name, **({"transparency": opened.info["transparency"]} if "transparent" in mode else {}))
     opened = Image.open(tmp_path / name)
     if mode == "RGBA" or mode == "LA" or "transparent" in mode:
         # On white, as newer releases of transformers have it; older ones show what lies under the transparency.
@@ -94,11 +94,11 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_of_an_animated_picture_the_first_frame_is_used_and_it_is_marked(tmp_path, kind):
+def test_of_an_animated_image_the_first_frame_is_used_and_it_is_marked(tmp_path, kind):
     frames = [Image.new("RGB", (56, 56), colour) for colour in ("red", "green", "blue")]
     frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], lossless=True)
-    picture = load(tmp_path / f"a.{kind}")
-    assert picture.animated and (picture.pixels == (255, 0, 0)).all()
+    image = load(tmp_path / f"a.{kind}")
+    assert image.animated and (image.pixels == (255, 0, 0)).all()
     frames[0].save(tmp_path / f"b.{kind}")
     assert not load(tmp_path / f"b.{kind}").animated
 
@@ -112,8 +112,8 @@ def test_rotation_in_exif_is_ignored(tmp_path):
 
 def test_one_pixel_is_enlarged_to_the_lower_limit(tmp_path):
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
-    picture = load(tmp_path / "dot.png")
-    assert picture.pixels.shape == (56, 56, 3) and picture.grid_thw == (1, 4, 4)
+    image = load(tmp_path / "dot.png")
+    assert image.pixels.shape == (56, 56, 3) and image.grid_thw == (1, 4, 4)
 
 
 def test_the_limits_of_area_are_kept():
@@ -138,12 +138,12 @@ def png_header(width, height):
 @pytest.mark.parametrize(
     "width, height, expected",
     [
-        (30_000, 30_000, "extreme_picture"),
-        (9_000, 10_000, "extreme_picture"),
-        (8_001, 8_000, "extreme_picture"),
-        (30_000, 100, "extreme_picture"),
-        (1, 201, "extreme_picture"),
-        (8_000, 8_000, "broken_picture"),
+        (30_000, 30_000, "extreme_image"),
+        (9_000, 10_000, "extreme_image"),
+        (8_001, 8_000, "extreme_image"),
+        (30_000, 100, "extreme_image"),
+        (1, 201, "extreme_image"),
+        (8_000, 8_000, "broken_image"),
     ],
 )
 def test_too_many_pixels_or_too_long_a_side_is_found_before_decoding(tmp_path, width, height, expected):
@@ -151,75 +151,75 @@ def test_too_many_pixels_or_too_long_a_side_is_found_before_decoding(tmp_path, w
     assert reason("a.png", tmp_path) == expected
 
 
-def test_a_picture_30_000_pixels_wide_is_reduced_while_its_aspect_ratio_allows(tmp_path):
+def test_an_image_30_000_pixels_wide_is_reduced_while_its_aspect_ratio_allows(tmp_path):
     Image.new("L", (30_000, 151)).save(tmp_path / "wide.png")
-    picture = load(tmp_path / "wide.png", form=PictureFormat(max_pixels=100_000))
-    assert picture.pixels.shape[0] * picture.pixels.shape[1] <= 200_000
+    image = load(tmp_path / "wide.png", form=ImageFormat(max_pixels=100_000))
+    assert image.pixels.shape[0] * image.pixels.shape[1] <= 200_000
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp"])
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.9])
-def test_a_truncated_picture_is_broken(tmp_path, kind, kept):
-    image = scene(200, 200)
-    image.save(tmp_path / f"a.{kind}")
+def test_a_truncated_image_is_broken(tmp_path, kind, kept):
+    opened = scene(200, 200)
+    opened.save(tmp_path / f"a.{kind}")
     whole = (tmp_path / f"a.{kind}").read_bytes()
     (tmp_path / f"a.{kind}").write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
-    assert reason(f"a.{kind}", tmp_path) == "broken_picture"
+    assert reason(f"a.{kind}", tmp_path) == "broken_image"
 
 
-def test_bytes_that_are_no_picture_are_broken(tmp_path):
+def test_bytes_that_are_no_image_are_broken(tmp_path):
     rng = np.random.default_rng(0)
     whole = io.BytesIO()
     scene(60, 60).save(whole, "PNG")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "vector.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
-    assert reason("text.png", tmp_path) == reason("vector.png", tmp_path) == "broken_picture"
-    for _ in range(50):  # whatever is wrong with the bytes, it is a fault or a picture, never another error
+    assert reason("text.png", tmp_path) == reason("vector.png", tmp_path) == "broken_image"
+    for _ in range(50):  # whatever is wrong with the bytes, it is a fault or an image, never another error
         spoilt = bytearray(whole.getvalue())
         for at in rng.integers(0, len(spoilt), 5):
             spoilt[at] = rng.integers(0, 256)
         (tmp_path / "spoilt.png").write_bytes(spoilt)
         try:
             load(tmp_path / "spoilt.png")
-        except PictureFault as fault:
-            assert fault.reason in ("broken_picture", "extreme_picture")
+        except ImageFault as fault:
+            assert fault.reason in ("broken_image", "extreme_image")
 
 
 def test_paths_may_be_relative_absolute_or_file_addresses(tmp_path):
-    (tmp_path / "pictures of a b").mkdir()
-    path = tmp_path / "pictures of a b" / "c d.png"
+    (tmp_path / "images of a b").mkdir()
+    path = tmp_path / "images of a b" / "c d.png"
     scene(56, 56).save(path)
-    elsewhere = tmp_path / "pictures of a b"
+    elsewhere = tmp_path / "images of a b"
     expected = load(path).pixels
     for reference, base in [
-        ("pictures of a b/c d.png", tmp_path),
+        ("images of a b/c d.png", tmp_path),
         (str(path), elsewhere),
         (f"file://{path}", elsewhere),
         (path.as_uri(), elsewhere),
         (f"file://localhost{path}", elsewhere),
     ]:
-        assert (load_picture(reference, base, ANYWHERE, FORM).pixels == expected).all()
+        assert (load_image(reference, base, ANYWHERE, FORM).pixels == expected).all()
 
 
-def test_data_uris_hold_the_picture_itself(tmp_path):
+def test_data_uris_hold_the_image_itself(tmp_path):
     made = io.BytesIO()
     scene(56, 56).save(made, "PNG")
     text = base64.b64encode(made.getvalue()).decode()
     for uri in (f"data:image/png;base64,{text}", f"data:;base64,{text.rstrip('=')}", f"DATA:image/png;BASE64,{text}"):
-        assert (load_picture(uri, tmp_path, ANYWHERE, FORM).pixels == np.asarray(scene(56, 56))).all()
-    assert reason("data:image/png;base64,@@@", tmp_path) == "broken_picture"
-    assert reason("data:image/png;base64", tmp_path) == "broken_picture"
-    assert reason(f"data:image/png;base64,{text[: len(text) // 2]}", tmp_path) == "broken_picture"
+        assert (load_image(uri, tmp_path, ANYWHERE, FORM).pixels == np.asarray(scene(56, 56))).all()
+    assert reason("data:image/png;base64,@@@", tmp_path) == "broken_image"
+    assert reason("data:image/png;base64", tmp_path) == "broken_image"
+    assert reason(f"data:image/png;base64,{text[: len(text) // 2]}", tmp_path) == "broken_image"
 
 
 def test_what_is_no_readable_file_is_missing(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink(tmp_path / "loop.png", tmp_path / "loop.png")
     for reference in ("none.png", ".", "pipe.png", "loop.png", "a\0b.png", "x" * 5000, "/dev/zero"):
-        assert reason(reference, tmp_path) == "missing_picture", reference
+        assert reason(reference, tmp_path) == "missing_image", reference
 
 
-def test_pictures_below_the_root_alone_are_read_links_followed(tmp_path):
+def test_images_below_the_root_alone_are_read_links_followed(tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -229,7 +229,7 @@ def test_pictures_below_the_root_alone_are_read_links_followed(tmp_path):
     os.symlink(inside / "a.png", outside / "back.png")
     policy = FetchPolicy(root=inside)
     for reference in ("a.png", str(inside / "a.png"), "../outside/back.png"):
-        load_picture(reference, inside, policy, FORM)
+        load_image(reference, inside, policy, FORM)
     for reference in ("../outside/secret.png", "link.png", f"file://{outside}/secret.png", "../outside/none.png"):
         assert reason(reference, inside, policy) == "forbidden_path"
 

@@ -1,15 +1,19 @@
-"""What the presets share: the embedded task, in which a tiny Qwen2.5-VL learns to count the coloured shapes it sees.
+"""What the demos share: the embedded task, in which a tiny Qwen2.5-VL learns to count the coloured shapes it sees.
 
-Runs as it stands on two CPU cores; `--model.path` and `--data.path` point it at anything else, with a learning rate
-of the order of 1e-6 for a model of billions of parameters (`configs/rloo_qwen2_5_vl_3b_math.py`).
+    python -m lmmr1_jax.train --config configs/demo/rloo.py
+
+Each runs as it stands on two CPU cores, in one to three minutes: docs/algorithms.md has what they were seen to reach.
+`configs/rloo.py` is the start for a model and problems of one's own.
 """
 
 from lmmr1_jax.config import (
     AlgorithmConfig,
     CheckpointConfig,
     CriticConfig,
+    DataConfig,
     EvalConfig,
     LearnerConfig,
+    ModelConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
@@ -21,7 +25,9 @@ def embedded(
 ) -> TrainConfig:
     """The embedded task by an algorithm; with several minibatches a step has as many updates, and ratios move."""
     return TrainConfig(
-        run=RunConfig(dir=f"runs/{algorithm.name}", steps=100),
+        run=RunConfig(dir=f"runs/demo/{algorithm.name}", steps=100),
+        model=ModelConfig(path="embedded:tiny"),
+        data=DataConfig(path="embedded:shapes"),
         # An answer is 17 tokens long; one that rambles is cut.
         rollout=RolloutConfig(prompts=32, completions=8, max_new_tokens=20),
         algorithm=algorithm,
