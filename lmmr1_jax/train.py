@@ -99,7 +99,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         if resumes:
             done, state, memory = checkpoints.restore_newest(learner.abstract_state())
             for name, part in remembering.items():
-                part.restore(memory[name])
+                part.load_state_dict(memory[name])
         else:
             done, state = 0, assembly.initial_state(config, policy, learner)
         describe_run(folder, config, policy.source)
@@ -148,11 +148,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if evaluation_due() and done not in tracker.evaluations:
                 evaluate_policy()
         except (StopRequested, SamplingFailed) as reason:
-            leave(reason, {name: part.state() for name, part in remembering.items()})
+            leave(reason, {name: part.state_dict() for name, part in remembering.items()})
 
         first, left_out = done, int(state.skipped_updates)
         while done < total_steps:
-            memory = {name: part.state() for name, part in remembering.items()}
+            memory = {name: part.state_dict() for name, part in remembering.items()}
             watch = Stopwatch()
             try:
                 stop.check()
@@ -209,9 +209,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
                 if evaluation_due():
                     score = evaluate_policy()
             except (StopRequested, SamplingFailed) as reason:
-                leave(reason, {name: part.state() for name, part in remembering.items()})
+                leave(reason, {name: part.state_dict() for name, part in remembering.items()})
             if last or score is not None or done % config.checkpoint.every == 0:
-                save({name: part.state() for name, part in remembering.items()}, score)
+                save({name: part.state_dict() for name, part in remembering.items()}, score)
 
         checkpoints.wait()
         return tracker.finish(skipped=skips.counts)

@@ -44,7 +44,8 @@ from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
 from lmmr1_jax.rollout.rollout_queue import RolloutQueue
-from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run import setup
+from lmmr1_jax.run.policy import PolicyModel, open_policy
 from lmmr1_jax.run.step import Step
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.compilation import CompilationCounter
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
     )
     check_ranges(config)
-    with assembly.open_policy(config) as policy:
+    with open_policy(config) as policy:
         result = measure(config, policy, arguments.steps)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv)
     Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
@@ -86,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[str, Any]:
+def measure(config: TrainConfig, policy: PolicyModel, steps: int) -> dict[str, Any]:
     """What goes into the JSON file, but for the command."""
     skips, wanted = SkipLog(), config.rollout
     prompts = read_prompts(config.data.path, skips=skips, special_tokens=policy.processor.special_tokens)
-    learner = assembly.build_learner(config, policy, total_updates=steps + 1)
+    learner = setup.build_learner(config, policy, total_updates=steps + 1)
     step = Step(config, policy, learner, trivial_reward, forced_length=True)
     state = learner.init_state(policy.load())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -98,7 +99,7 @@ def measure(config: TrainConfig, policy: assembly.Policy, steps: int) -> dict[st
 
     measured: list[dict[str, float]] = []
     compilations = CompilationCounter()
-    with contextlib.closing(assembly.build_prompt_loader(config, prompts, policy.processor, skips)) as loader:
+    with contextlib.closing(setup.build_prompt_loader(config, prompts, policy.processor, skips)) as loader:
         batches = RolloutQueue(
             loader, skips, step.begin, prompts=wanted.prompts, staleness=wanted.staleness, batches=steps + 1
         )

@@ -40,8 +40,7 @@ from lmmr1_jax.config.schema import DataConfig, ModelConfig, RolloutConfig, Trai
 from lmmr1_jax.rollout.engines.open import ENGINE_FILES, open_sampler
 from lmmr1_jax.rollout.engines.ray_cluster import connected
 from lmmr1_jax.rollout.engines.sampler import VllmSampler
-from lmmr1_jax.run import setup as assembly
-from lmmr1_jax.run.policy import TINY_MODEL, Policy
+from lmmr1_jax.run.policy import TINY_MODEL, PolicyModel, assemble_policy
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.device_memory import release_memory
 from lmmr1_jax.runtime.versions import versions
@@ -72,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         # Ray first: it starts processes, which a process that runs JAX should not.
         with connected(config.ray, cpus=max(arguments.engines) * config.vllm.cpus):
-            policy = assembly.assemble_policy(config)
+            policy = assemble_policy(config)
             params = jax.block_until_ready(policy.network.init(jax.random.key(0)))
             measured = {count: measure(config, policy, params, count, arguments.syncs) for count in arguments.engines}
     result = {
@@ -142,7 +141,9 @@ def write_model(folder: Path, kind: str, parameters: int) -> None:
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-def measure(config: TrainConfig, policy: Policy, params: dict[str, Any], engines: int, syncs: int) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, policy: PolicyModel, params: dict[str, Any], engines: int, syncs: int
+) -> dict[str, Any]:
     """What syncs into this many engines cost."""
     config = dataclasses.replace(config, vllm=dataclasses.replace(config.vllm, engines=engines))
     with open_sampler(config, policy.processor, policy.network, policy.source) as sampler:

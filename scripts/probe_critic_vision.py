@@ -28,7 +28,8 @@ from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.packing.pack import gather
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run import setup
+from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.run.step import Step
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.types.batches import PackedBatch
@@ -63,13 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(config: TrainConfig, verifier: Verifier, steps: int, every: int, held_out: int) -> list[dict[str, float]]:
     """Explained variances of both critics' values on held-out prompts; a record for every measurement."""
-    policy, skips = assembly.assemble_policy(config), SkipLog()
-    prompts, unseen = assembly.read_data(config, policy.processor, verifier, skips)
-    loader = assembly.build_prompt_loader(config, prompts, policy.processor, skips)
-    learner = assembly.build_learner(config, policy, steps * registry.updates_per_rollout(config))
-    rewards = assembly.build_rewards(config, policy, verifier, lambda: None)
+    policy, skips = assemble_policy(config), SkipLog()
+    prompts, unseen = setup.read_data(config, policy.processor, verifier, skips)
+    loader = setup.build_prompt_loader(config, prompts, policy.processor, skips)
+    learner = setup.build_learner(config, policy, steps * registry.updates_per_rollout(config))
+    rewards = setup.build_rewards(config, policy, verifier, lambda: None)
     step = Step(config, policy, learner, rewards.score)
-    states = {name: assembly.initial_state(config, policy, learner) for name in CRITICS}
+    states = {name: setup.initial_state(config, policy, learner) for name in CRITICS}
     policy.sampler.load(policy.load(), 0)  # a copy of its own: updates donate theirs
 
     def sampled(prompts: Sequence[EncodedPrompt], number: int, state: TrainState) -> list[PackedBatch]:

@@ -160,7 +160,7 @@ def drawn_by_another(net: Network, params, rollouts: list[Rollout], temperature:
 
 
 def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.0) -> jax.Array:
-    """Policy log-probs `[completions, length]`, 0 where no completion token stands; dense, packing nothing."""
+    """PolicyModel log-probs `[completions, length]`, 0 where no completion token stands; dense, packing nothing."""
     model = net.bind(params)
     features = None if inputs["vision"] is None else model.encode_images(inputs["vision"])
     x = model.embed(inputs["tokens"], inputs["slots"], features)

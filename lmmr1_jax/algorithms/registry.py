@@ -17,7 +17,7 @@ from lmmr1_jax.types.records import Rollout
 _log = logging.getLogger(__name__)
 
 Advantages = Callable[[Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None], list[Rollout]]
-Judgement = Callable[
+AdvantagesAndReturns = Callable[
     [Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None, Sequence[np.ndarray]],
     tuple[list[Rollout], list[np.ndarray]],
 ]
@@ -38,7 +38,7 @@ class Algorithm:
     """
 
     name: str
-    advantages: Advantages | Judgement
+    advantages: Advantages | AdvantagesAndReturns
     smallest_group: int
     loss: str
     clip: tuple[float, float]

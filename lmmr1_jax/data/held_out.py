@@ -31,12 +31,12 @@ class HeldOut:
             self._skips.add(**record)
         self._drop([(record["file"], record["row"]) for record in found.records])
 
-    def state(self) -> list[tuple[str, int]]:
+    def state_dict(self) -> list[tuple[str, int]]:
         """File and row of the prompts that were counted as skipped; what a checkpoint stores."""
         return list(self._dropped)
 
-    def restore(self, state: Sequence[Any]) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: Sequence[Any]) -> None:
+        """Goes back to `state`."""
         self._drop([(file, row) for file, row in state])
 
     def _drop(self, rows: list[tuple[str, int]]) -> None:

@@ -34,7 +34,7 @@ class PromptLoader:
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="prompts") if workers > 0 else None
         self._ahead = max(ahead, workers) if workers > 0 else 1
         self._waiting: collections.deque[tuple[Prompt, dict[str, int], Future | None]] = collections.deque()
-        self._position = cursor.state()
+        self._position = cursor.state_dict()
         self.used = 0
         self.animated = 0
 
@@ -68,15 +68,15 @@ class PromptLoader:
             self._fill()  # the next batch is prepared while this one is trained on
         return taken
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores."""
         return {"cursor": self._position, "used": self.used, "animated": self.animated}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to `state`; what was prepared is thrown away."""
         self._drop_waiting()
-        self._cursor.restore(state["cursor"])
-        self._position = self._cursor.state()
+        self._cursor.load_state_dict(state["cursor"])
+        self._position = self._cursor.state_dict()
         self.used, self.animated = state["used"], state["animated"]
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class PromptLoader:
         while len(self._waiting) < self._ahead:
             prompt = self._cursor.next()
             future = None if self._pool is None else self._pool.submit(self._processor.encode, prompt)
-            self._waiting.append((prompt, self._cursor.state(), future))
+            self._waiting.append((prompt, self._cursor.state_dict(), future))
 
     def _drop_waiting(self) -> None:
         for _, _, future in self._waiting:

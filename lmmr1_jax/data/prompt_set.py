@@ -169,11 +169,11 @@ class PromptCursor:
         self._index += 1
         return self.prompts[self._order[self._index - 1]]
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         """Where the cursor stands, for a checkpoint."""
         return {"epoch": self._epoch, "index": self._index, "prompts": len(self.prompts)}
 
-    def restore(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Back to where `state` was taken.
 
         Raises:

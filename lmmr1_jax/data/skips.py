@@ -48,12 +48,12 @@ class SkipLog:
             else:
                 self._file.write((json.dumps(record) + "\n").encode("utf-8"))
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: counts, and the file's length in bytes (0 without a file)."""
         with self._lock:
             return {"counts": dict(self.counts), "offset": self._size()}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to `state`: the counts, and the file cut to its length of then."""
         with self._lock:
             self.counts = collections.Counter(state["counts"])

@@ -24,7 +24,13 @@ from lmmr1_jax.config.schema import LearnerConfig, TrainConfig
 from lmmr1_jax.learner import optimizer
 from lmmr1_jax.learner.critic import Critic, optimizer_config, values_of, with_gradient_scaled
 from lmmr1_jax.learner.state import CriticState, TrainState
-from lmmr1_jax.models.packed_forward import Policy, log_probs_of, micro_batch, response_hidden, response_log_probs
+from lmmr1_jax.models.packed_forward import (
+    SamplingDistribution,
+    log_probs_of,
+    micro_batch,
+    response_hidden,
+    response_log_probs,
+)
 from lmmr1_jax.parallel.sharding import ShardingRules, head_units, parameter_shardings, put_batch
 from lmmr1_jax.types.batches import PackedBatch
 
@@ -86,7 +92,7 @@ class Learner:
         if len(banned_ids):
             banned = np.zeros(network.config.text.vocab_size, bool)
             banned[list(banned_ids)] = True
-        self.policy = Policy(banned, config.rollout.temperature, config.learner.logprob_chunk)
+        self.policy = SamplingDistribution(banned, config.rollout.temperature, config.learner.logprob_chunk)
 
         params = network.abstract_params
         self.shardings = parameter_shardings(params, layout_axes, mesh, rules, head_units(network.config))

@@ -19,7 +19,7 @@ _TOTALS = ("micro_batches", "tokens_total", "completions_total", "kl_coefficient
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class SamplingDistribution:
     """What makes logits the distribution that was sampled from, and how they are computed.
 
     Attributes:
@@ -59,7 +59,7 @@ def response_hidden(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, 
 
 
 def log_probs_of(
-    model: Any, hidden: Float[Array, "rows slots embed"], micro: PackedBatch, policy: Policy, mesh: Mesh
+    model: Any, hidden: Float[Array, "rows slots embed"], micro: PackedBatch, policy: SamplingDistribution, mesh: Mesh
 ) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
     """Policy log-probs of the tokens that were chosen in these states, and the entropy of what they were drawn from."""
     head = model.head_embedding()
@@ -73,7 +73,7 @@ def log_probs_of(
 
 
 def response_log_probs(
-    network: Any, params: dict[str, Any], micro: PackedBatch, policy: Policy, mesh: Mesh
+    network: Any, params: dict[str, Any], micro: PackedBatch, policy: SamplingDistribution, mesh: Mesh
 ) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
     """Policy log-probs of a micro-batch's completion tokens, and the entropy of what they were drawn from.
 

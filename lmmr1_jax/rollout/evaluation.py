@@ -149,11 +149,13 @@ def evaluate(
             top_k=top_k,
         )
         rollouts = [Rollout(prompt, completions) for prompt, completions in zip(batch, sampled, strict=True)]
-        results += judge(rollouts, decode_text, verifier)
+        results += score_rollouts(rollouts, decode_text, verifier)
     return Evaluation(n, k, tuple(results))
 
 
-def judge(rollouts: Sequence[Rollout], decode_text: Callable[[Any], str], verifier: Scores) -> list[PromptResult]:
+def score_rollouts(
+    rollouts: Sequence[Rollout], decode_text: Callable[[Any], str], verifier: Scores
+) -> list[PromptResult]:
     """One result per rollout."""
     pairs = [(rollout, completion) for rollout in rollouts for completion in rollout.completions]
     rewards = verifier.score(

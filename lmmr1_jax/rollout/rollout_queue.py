@@ -63,15 +63,15 @@ class RolloutQueue:
         self._begun.popleft()
         return rollouts
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores."""
         return self._begun[0].before if self._begun else self._data()
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to `state`."""
         self._begun.clear()
-        self._loader.restore(state["loader"])
-        self._skips.restore(state["skips"])
+        self._loader.load_state_dict(state["loader"])
+        self._skips.load_state_dict(state["skips"])
 
     def _data(self) -> dict[str, Any]:
-        return {"loader": self._loader.state(), "skips": self._skips.state()}
+        return {"loader": self._loader.state_dict(), "skips": self._skips.state_dict()}

@@ -34,10 +34,10 @@ class LogProbGapMonitor:
             return None
         return f"step {step}: the sampler's log-probs differ from the learner's by {mean:.3g} on average"
 
-    def state(self) -> int:
+    def state_dict(self) -> int:
         """What a checkpoint stores."""
         return self._in_a_row
 
-    def restore(self, state: int) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: int) -> None:
+        """Goes back to `state`."""
         self._in_a_row = int(state)

@@ -12,7 +12,7 @@ from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.packing.shapes import TOKENS_PER_DEVICE
 from lmmr1_jax.parallel.sharding import row_shards
-from lmmr1_jax.run.policy import Policy
+from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.types.records import EncodedPrompt, Rollout
 
 COMPLETIONS = 2
@@ -27,7 +27,7 @@ class GapProbe:
     and would not be the policy's.
     """
 
-    def __init__(self, config: TrainConfig, policy: Policy, learner: Learner):
+    def __init__(self, config: TrainConfig, policy: PolicyModel, learner: Learner):
         self._config, self._policy, self._learner = config, policy, learner
         self._prompt: EncodedPrompt | None = None
         self._shapes: PackShapes | None = None

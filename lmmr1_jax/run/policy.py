@@ -37,7 +37,7 @@ def model_folder(config: ModelConfig) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class PolicyModel:
     """A model on its devices, and all that works with it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Policy:
 @contextlib.contextmanager
 def open_policy(
     config: TrainConfig, *, resumed_at: int = 0, check: Callable[[], None] = lambda: None
-) -> Iterator[Policy]:
+) -> Iterator[PolicyModel]:
     """The policy with the sampler that the config names; engines start here and end with the context.
 
     Args:
@@ -83,7 +83,7 @@ def open_policy(
             yield dataclasses.replace(policy, sampler=sampler)
 
 
-def assemble_policy(config: TrainConfig) -> Policy:
+def assemble_policy(config: TrainConfig) -> PolicyModel:
     """Reads the model's folder and builds what samples from it on the learner's devices."""
     enable_compilation_cache()
     source, data = model_folder(config.model), config.data
@@ -106,7 +106,7 @@ def assemble_policy(config: TrainConfig) -> Policy:
         patches_of=processor.patches,
         mesh=mesh,
     )
-    return Policy(processor, network, mesh, sampler, source)
+    return PolicyModel(processor, network, mesh, sampler, source)
 
 
 def compute_dtype(config: ModelConfig) -> Any:

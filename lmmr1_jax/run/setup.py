@@ -24,7 +24,7 @@ from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
 from lmmr1_jax.run.critic_setup import build_critic, load_critic
-from lmmr1_jax.run.policy import Policy
+from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
@@ -33,7 +33,7 @@ EMBEDDED_DATA = "embedded:shapes"
 SHAPES_TO_TRAIN_ON, SHAPES_HELD_OUT = 32_768, 1_024
 
 
-def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Learner:
+def build_learner(config: TrainConfig, policy: PolicyModel, total_updates: int) -> Learner:
     """The learner of a policy, and of its critic where the algorithm has one."""
     critic = None
     if needs_critic(config):
@@ -49,7 +49,7 @@ def build_learner(config: TrainConfig, policy: Policy, total_updates: int) -> Le
     )
 
 
-def initial_state(config: TrainConfig, policy: Policy, learner: Learner) -> TrainState:
+def initial_state(config: TrainConfig, policy: PolicyModel, learner: Learner) -> TrainState:
     """What training starts from: the checkpoint's parameters, and those of the critic where there is one."""
     critic = learner.critic and load_critic(config, learner.critic, policy.source, policy.mesh)
     return learner.init_state(policy.load(), critic)
@@ -93,7 +93,9 @@ def _read(path: str, config: TrainConfig, processor: Processor, verifier: Verifi
     return readable(prompts, verifier, skips)
 
 
-def build_rewards(config: TrainConfig, policy: Policy, verifier: Verifier, interrupt: Callable[[], None]) -> Rewards:
+def build_rewards(
+    config: TrainConfig, policy: PolicyModel, verifier: Verifier, interrupt: Callable[[], None]
+) -> Rewards:
     """All that judges completions, started; `interrupt` is called while a server is waited for and may raise."""
     with contextlib.ExitStack() as started:
         sources: list[RewardSource] = [RuleSource(verifier)]

@@ -27,7 +27,7 @@ from lmmr1_jax.packing.shapes import tokens_per_device
 from lmmr1_jax.parallel.sharding import row_shards
 from lmmr1_jax.rollout.dynamic_sampling import replace_equal_groups
 from lmmr1_jax.rollout.local.sampler import sampling_key
-from lmmr1_jax.run.policy import Policy
+from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.tracking.stopwatch import Stopwatch
 from lmmr1_jax.types.batches import PackedBatch
 from lmmr1_jax.types.records import EncodedPrompt, Rollout
@@ -37,7 +37,7 @@ _LAST = ("learning_rate", "skipped_updates", "value/learning_rate")
 _PER_TOKEN = {*losses.METRICS, *value_loss.METRICS} - {"loss/policy"}
 """Metrics that are means over an update's tokens; what the policy's loss is a mean of, its aggregation says."""
 
-Judge = Callable[[Sequence[Rollout]], list[Rollout]]
+RewardFn = Callable[[Sequence[Rollout]], list[Rollout]]
 
 
 class Step:
@@ -52,9 +52,9 @@ class Step:
     def __init__(
         self,
         config: TrainConfig,
-        policy: Policy,
+        policy: PolicyModel,
         learner: Learner,
-        judge: Judge,
+        judge: RewardFn,
         *,
         forced_length: bool = False,
     ):
@@ -196,17 +196,17 @@ class Step:
             )
         return state, combined
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Shapes, the learner's and the sampler's, and the KL's coefficient: what a resumed run must go on with."""
         packed = None if self.shapes is None else dataclasses.asdict(self.shapes)
-        return {"packed": packed, "sampler": self.policy.sampler.state(), "kl_coefficient": self.kl_coefficient}
+        return {"packed": packed, "sampler": self.policy.sampler.state_dict(), "kl_coefficient": self.kl_coefficient}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Back to `state`; on another number of devices rows are planned anew."""
         packed = state["packed"]
         if packed is not None and packed["row_devices"] == row_shards(self.policy.mesh):
             self.shapes = PackShapes(**packed)
-        self.policy.sampler.restore(state["sampler"])
+        self.policy.sampler.load_state_dict(state["sampler"])
         if self.config.algorithm.kl_target:
             self.kl_coefficient = state["kl_coefficient"]
 
@@ -242,7 +242,7 @@ def _completions(batch: PackedBatch) -> int:
     return int(batch.completions_total)
 
 
-def _in_compute_dtype(policy: Policy) -> dict[str, Any]:
+def _in_compute_dtype(policy: PolicyModel) -> dict[str, Any]:
     """The starting policy again, to measure the KL against; half the size where products are bfloat16."""
     dtype = policy.network.compute_dtype
     return jax.tree.map(lambda leaf: leaf.astype(dtype), policy.load())

@@ -66,16 +66,16 @@ def test_a_resumed_feeder_gives_what_the_first_would_have_given(workers):
     first_skips = SkipLog()
     first = loader(skips=first_skips, workers=workers)
     first.take(9)
-    state, before = json.loads(json.dumps(first.state())), len(first_skips.records)
+    state, before = json.loads(json.dumps(first.state_dict())), len(first_skips.records)
     expected = rows(first.take(30))
     second_skips = SkipLog()
     second = loader(skips=second_skips, workers=workers)
     second.take(3)
-    second.restore(state)
+    second.load_state_dict(state)
     since = len(second_skips.records)
     assert rows(second.take(30)) == expected
     assert second_skips.records[since:] == first_skips.records[before:]
-    assert second.state() == first.state()
+    assert second.state_dict() == first.state_dict()
     first.close()
     second.close()
 

@@ -148,11 +148,11 @@ def test_a_restored_cursor_goes_on_as_the_first_would_have(drawn):
     first, second = PromptCursor(prompts, seed=1), PromptCursor(prompts, seed=1)
     for _ in range(drawn):
         first.next()
-    second.restore(json.loads(json.dumps(first.state())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [first.next().row for _ in range(20)] == [second.next().row for _ in range(20)]
 
 
 def test_a_cursor_refuses_the_state_of_another_prompt_set():
-    state = PromptCursor(made_prompts(7), seed=1).state()
+    state = PromptCursor(made_prompts(7), seed=1).state_dict()
     with pytest.raises(UserError, match="same data"):
-        PromptCursor(made_prompts(8), seed=1).restore(state)
+        PromptCursor(made_prompts(8), seed=1).load_state_dict(state)

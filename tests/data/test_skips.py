@@ -23,11 +23,11 @@ def test_resuming_cuts_the_record_back_to_the_checkpoint(tmp_path):
     first = SkipLog(path)
     first.add("set", 1, "bad_json", "at load")
     first.add("set", 2, "broken_image", "before the checkpoint")
-    state = json.loads(json.dumps(first.state()))
+    state = json.loads(json.dumps(first.state_dict()))
     first.add("set", 3, "broken_image", "after it")
     resumed = SkipLog(path, keep=True)
     resumed.add("set", 1, "bad_json", "at load")
-    resumed.restore(state)
+    resumed.load_state_dict(state)
     assert [r["row"] for r in lines(path)] == [1, 2]
     assert resumed.counts == {"bad_json": 1, "broken_image": 1}
     resumed.add("set", 3, "broken_image", "after it")

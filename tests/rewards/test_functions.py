@@ -41,7 +41,7 @@ def source(tmp_path):
 
 
 def judge(source, *rollouts):
-    return source.judge([Group(r, decode) for r in rollouts])
+    return source.score([Group(r, decode) for r in rollouts])
 
 
 def test_openrlhfs_form_gets_queries_prompts_and_labels(source):

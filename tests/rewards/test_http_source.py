@@ -14,7 +14,7 @@ from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.rewards.sources.base import Group, RewardFailed, Rewards
 from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.specs import ServerSpec
-from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward
 
@@ -116,7 +116,7 @@ def source(*urls, interrupt=lambda: None, **changes):
 
 
 def judge(client, *rollouts):
-    return client.judge([Group(r, decode) for r in rollouts])
+    return client.score([Group(r, decode) for r in rollouts])
 
 
 def closed_port():
@@ -189,7 +189,7 @@ def test_waits_double_and_the_fault_names_address_cause_and_tries():
     with serving(broken, broken, broken) as server:
         ((fault,),) = judge(source(server.url, url_wait=0.2), rollout(["abc"]))
         first, second, third = [when for _, _, when in server.seen]
-    assert isinstance(fault, Fault) and fault.kind == "error"
+    assert isinstance(fault, WorkerFailure) and fault.kind == "error"
     assert fault.detail == f"{server.url}: status 503: 'out of order' (3 tries)"
     assert second - first > 0.19 and third - second > 0.39
 
@@ -232,8 +232,8 @@ def test_a_server_that_is_down_is_asked_once_for_each_request_until_it_is_up_aga
     broken = answering(b"", status=500)
     with serving(*[broken] * 4) as server:
         client = source(server.url)
-        assert isinstance(judge(client, rollout(["abc"]))[0][0], Fault) and len(server.seen) == 3
-        assert isinstance(judge(client, rollout(["abc"]))[0][0], Fault) and len(server.seen) == 4
+        assert isinstance(judge(client, rollout(["abc"]))[0][0], WorkerFailure) and len(server.seen) == 3
+        assert isinstance(judge(client, rollout(["abc"]))[0][0], WorkerFailure) and len(server.seen) == 4
         assert judge(client, rollout(["abc"]))[0][0].total == 1.5
         server.script.append(broken)
         assert judge(client, rollout(["abc"]))[0][0].total == 1.5  # tries are as many as before
@@ -246,7 +246,7 @@ def test_only_the_requests_that_failed_are_given_up():
     with serving(*[picky] * 3) as server:
         groups = [rollout(["abc"] * 64, label=label) for label in ("1", "bad", "2")]
         one, bad, two = judge(source(server.url), *groups)
-    assert one[0].total == two[0].total == 1.5 and all(isinstance(fault, Fault) for fault in bad)
+    assert one[0].total == two[0].total == 1.5 and all(isinstance(fault, WorkerFailure) for fault in bad)
 
 
 def test_the_config_says_whether_a_dead_server_ends_the_run_or_costs_its_completions():

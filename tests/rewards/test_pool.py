@@ -35,7 +35,7 @@ def boxed(content: object) -> str:
     return f"<think>so</think><answer>$\\boxed{{{content}}}$</answer>"
 
 
-def warden_of(verifier: Verifier) -> int:
+def fork_server_of(verifier: Verifier) -> int:
     return int(Path(f"/proc/{verifier.pids()[0]}/stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -112,10 +112,10 @@ def test_a_worker_that_dies_idle_costs_nothing(verifier):
     assert [reward.total for reward in verifier.score([boxed(3)] * 8, ["3"] * 8)] == [1.5] * 8
 
 
-def test_the_pool_survives_the_loss_of_its_warden(verifier):
-    warden = warden_of(verifier)
+def test_the_pool_survives_the_loss_of_its_fork_server(verifier):
+    server_pid = fork_server_of(verifier)
     workers = verifier.pids()
-    os.kill(warden, signal.SIGKILL)
+    os.kill(server_pid, signal.SIGKILL)
     assert wait_until(lambda: not any(alive(pid) for pid in workers))
     assert [reward.total for reward in verifier.score([boxed(3)] * 8, ["3"] * 8)] == [1.5] * 8
 
@@ -142,7 +142,7 @@ def test_gold_answers_are_checked_within_the_limit(verifier):
 def test_workers_load_nothing_of_jax(verifier):
     """Every library that a process has loaded stands in its memory map; jaxlib's would be among them."""
     verifier.score([boxed("x^2")] * 4, ["x^2"] * 4)
-    for pid in [warden_of(verifier), *verifier.pids()]:
+    for pid in [fork_server_of(verifier), *verifier.pids()]:
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert not any(name in maps for name in ("jaxlib", "numpy", "torch", "flax"))
     code = (
@@ -156,7 +156,7 @@ def test_workers_load_nothing_of_jax(verifier):
 def test_closing_ends_every_process_even_a_busy_one():
     pool = Verifier(RewardsConfig(timeout=60.0))
     pool.score([boxed(1)] * 4, ["1"] * 4)
-    processes = [warden_of(pool), *pool.pids()]
+    processes = [fork_server_of(pool), *pool.pids()]
     raised = []
 
     def score():
@@ -196,7 +196,7 @@ SCRIPT = """
 
 @pytest.fixture
 def busy_run(tmp_path):
-    """A process of its own group whose verifier works on two bombs, and the pids of its warden and workers."""
+    """A process of its own group whose verifier works on two bombs, and the pids of its server_pid and workers."""
     script = tmp_path / "run.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}

@@ -17,7 +17,7 @@ from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.rewards.sources.base import Group, Rewards
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import ModelSpec, check_rewards, read_models
-from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.run.policy import TINY_MODEL
 from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.runtime.errors import UserError
@@ -73,28 +73,28 @@ def test_weights_are_held_in_the_dtype_that_the_policy_computes_in(folder, proce
     asked = groups(processor, 2)
     exact, coarse = opened(folder, processor), opened(folder, processor, compute_dtype=ml_dtypes.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.model.params)} == {np.dtype(ml_dtypes.bfloat16)}
-    scores = [[v.total for verdicts in source.judge(asked) for v in verdicts] for source in (exact, coarse)]
+    scores = [[v.total for verdicts in source.score(asked) for v in verdicts] for source in (exact, coarse)]
     np.testing.assert_allclose(*scores, rtol=0, atol=0.1)
     assert np.ptp(scores[0]) > 0.2
 
 
 def test_batches_of_other_lengths_and_sizes_compile_nothing_new(folder, processor):
     source = opened(folder, processor)
-    source.judge(groups(processor, 4))
+    source.score(groups(processor, 4))
     counter = CompilationCounter()
     for count, longest in ((4, 6), (9, 20), (1, 3)):
-        source.judge(groups(processor, count, longest, seed=count))
+        source.score(groups(processor, count, longest, seed=count))
     counter.close()
     assert counter.names == []
 
 
 def test_a_resumed_run_scores_in_the_shapes_that_it_had(folder, processor):
     first, again = opened(folder, processor), opened(folder, processor)
-    first.judge(groups(processor, 2))
-    remembered = json.loads(json.dumps(Rewards([first], processor.decode, on_error="stop").state()))
+    first.score(groups(processor, 2))
+    remembered = json.loads(json.dumps(Rewards([first], processor.decode, on_error="stop").state_dict()))
     asked = groups(processor, 5, seed=3)
-    Rewards([again], processor.decode, on_error="stop").restore(remembered)
-    assert again.judge(asked) == first.judge(asked)
+    Rewards([again], processor.decode, on_error="stop").load_state_dict(remembered)
+    assert again.score(asked) == first.score(asked)
     assert again.model.shapes == first.model.shapes
 
 
@@ -102,12 +102,12 @@ def test_a_score_that_is_not_finite_and_a_token_without_embedding_are_faults(fol
     broken = tiny_reward_model.write(tmp_path / "broken")
     tiny_reward_model.change(broken, score__weight=np.full((1, 128), np.nan, np.float32))
     asked = groups(processor, 1)
-    for verdict in opened(broken, processor).judge(asked)[0]:
-        assert verdict == Fault("error", f"{broken} gave the score nan")
+    for verdict in opened(broken, processor).score(asked)[0]:
+        assert verdict == WorkerFailure("error", f"{broken} gave the score nan")
     asked[0].rollout.completions[1].token_ids[0] = 592
-    first, second = opened(folder, processor).judge(asked)[0]
-    assert not isinstance(first, Fault)
-    assert second == Fault("error", f"{folder} has no embedding for the sampled token 592")
+    first, second = opened(folder, processor).score(asked)[0]
+    assert not isinstance(first, WorkerFailure)
+    assert second == WorkerFailure("error", f"{folder} has no embedding for the sampled token 592")
 
 
 def test_a_model_of_text_judges_images_by_their_tokens_and_says_so(processor, tmp_path, caplog):
@@ -117,7 +117,7 @@ def test_a_model_of_text_judges_images_by_their_tokens_and_says_so(processor, tm
     source, asked = opened(text, processor), groups(processor, 1)
     source.check(asked[0])
     assert "does not see the images" in caplog.text
-    assert all(np.isfinite(verdict.total) for verdict in source.judge(asked)[0])
+    assert all(np.isfinite(verdict.total) for verdict in source.score(asked)[0])
 
 
 def with_another_tokenizer(folder):

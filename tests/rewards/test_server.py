@@ -165,7 +165,7 @@ def test_our_client_and_our_server_agree(server):
     spec = ServerSpec("judge", 1.0, (f"http://127.0.0.1:{server.port}/get_reward",))
     client = ServerSource(spec, RewardsConfig(url_tries=1))
     groups = [Group(rollout([answer(3) + "<|im_end|>", HANG, answer(4)], prompt=f"Box: {MARK}What?{MARK}"), decode)]
-    ((right, bomb, wrong),) = client.judge(groups)
+    ((right, bomb, wrong),) = client.score(groups)
     assert right.parts == {"judge": 1.5, "judge/format": 1.0, "judge/acc": 1.0}
     assert (bomb.total, wrong.total) == (0.0, 0.5) and (bomb.fault, wrong.fault) == ("timeout", None)
 

@@ -42,7 +42,7 @@ class Run:
         )
         if state is not None:
             self.done = state["done"]
-            self.batches.restore(state["batches"])
+            self.batches.load_state_dict(state["batches"])
 
     def begin(self, prompts, number):
         self.begun.append((number, self.done))
@@ -54,8 +54,8 @@ class Run:
 
         return collect
 
-    def state(self):
-        return json.loads(json.dumps({"done": self.done, "batches": self.batches.state()}))
+    def state_dict(self):
+        return json.loads(json.dumps({"done": self.done, "batches": self.batches.state_dict()}))
 
     def step(self):
         rows = self.batches.next(self.done)
@@ -88,14 +88,14 @@ def test_a_run_that_ends_anywhere_goes_on_with_what_it_would_have_had(tmp_path, 
         folder = tmp_path / f"{way}-{at}"
         run = Run(folder, staleness)
         seen = [run.step() for _ in range(at)]
-        state = run.state()
+        state = run.state_dict()
         if way == "killed":  # a step later, of which nothing was saved
             run.step()
         else:
             run.stops = True
             with pytest.raises(Stopped):
                 run.step()
-            assert run.state() == state
+            assert run.state_dict() == state
         run.close()
         resumed = Run(folder, staleness, state)
         seen += [resumed.step() for _ in range(BATCHES - at)]

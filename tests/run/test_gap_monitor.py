@@ -35,7 +35,7 @@ def test_one_good_step_starts_the_count_anew():
 def test_the_count_survives_a_resume():
     watch, resumed = LogProbGapMonitor(0.02, 0.2), LogProbGapMonitor(0.02, 0.2)
     watch.observe(1, 0.3), watch.observe(2, 0.3)
-    resumed.restore(watch.state())
+    resumed.load_state_dict(watch.state_dict())
     with pytest.raises(UserError):
         resumed.observe(3, 0.3)
 

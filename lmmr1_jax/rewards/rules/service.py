@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.rewards.workers.pool import Fault, Inbox, WorkerPool
+from lmmr1_jax.rewards.workers.pool import Inbox, WorkerFailure, WorkerPool
 from lmmr1_jax.types.records import Reward
 
 
@@ -69,9 +69,9 @@ class Verifier:
         """What `serve`'s inbox takes for one completion; `reward` reads the answer."""
         return "grade", (text, label, self.config.variant, prompt, verifier or self.config.verifier)
 
-    def reward(self, answer: tuple[float, float] | Fault) -> Reward:
+    def reward(self, answer: tuple[float, float] | WorkerFailure) -> Reward:
         """The reward that a worker's answer comes to."""
-        if isinstance(answer, Fault):
+        if isinstance(answer, WorkerFailure):
             return Reward(0.0, {"accuracy": 0.0, "format": 0.0}, answer.kind)
         accuracy, form = answer
         total = self.config.accuracy_weight * accuracy + self.config.format_weight * form

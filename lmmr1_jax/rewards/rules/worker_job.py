@@ -1,4 +1,4 @@
-"""The rules as a worker's job (`warden.py`): tasks are (name of a function of `rules`, its arguments)."""
+"""The rules as a worker's job (`fork_server.py`): tasks are (name of a function of `rules`, its arguments)."""
 
 from __future__ import annotations
 

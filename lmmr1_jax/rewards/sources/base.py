@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lmmr1_jax.rewards.rules.service import Verifier
-from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward, Rollout
 
@@ -76,11 +76,11 @@ class RewardSource(Protocol):
         """
         ...
 
-    def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
+    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
         """For every completion of every group, what this source adds to its reward, by name, or why it can't tell.
 
         `Reward.total` has the source's weight applied, `Reward.parts` have not; each part becomes the metric
-        `reward/PART`, so its name must be the source's own (`specs.check_names`). A `Fault` is treated as
+        `reward/PART`, so its name must be the source's own (`specs.check_names`). A `WorkerFailure` is treated as
         `rewards.on_error` says; a `Reward` with a `fault` of its own is counted and earns 0.
         """
         ...
@@ -96,12 +96,12 @@ class Stateful(Protocol):
 
     name: str
 
-    def state(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any] | None:
         """What it remembers, as JSON can hold it."""
         ...
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Goes back to `state`."""
         ...
 
 
@@ -116,7 +116,7 @@ class RuleSource:
     def check(self, group: Group) -> None:
         """Nothing: they have read the gold answers."""
 
-    def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
+    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
         texts = [text for group in groups for text in group.texts]
         every = [group for group in groups for _ in group.texts]
         prompts = None
@@ -171,21 +171,21 @@ class Rewards:
           RewardFailed: a source failed and `on_error` is "stop".
         """
         groups = [Group(rollout, self._decode) for rollout in rollouts]
-        verdicts = [self._ask(source, groups) for source in self.sources]
+        results = [self._ask(source, groups) for source in self.sources]
         return [
             dataclasses.replace(rollout, rewards=tuple(map(combine, zip(*theirs, strict=True))))
-            for rollout, theirs in zip(rollouts, zip(*verdicts, strict=True), strict=True)
+            for rollout, theirs in zip(rollouts, zip(*results, strict=True), strict=True)
         ]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What the sources remember, by their names."""
-        return {source.name: source.state() for source in self.sources if isinstance(source, Stateful)}
+        return {source.name: source.state_dict() for source in self.sources if isinstance(source, Stateful)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to `state`."""
         for source in self.sources:
             if isinstance(source, Stateful):
-                source.restore(state.get(source.name))
+                source.load_state_dict(state.get(source.name))
 
     def warnings(self) -> list[str]:
         """What has gone wrong since the last call, each kind of it told once in a run."""
@@ -204,14 +204,14 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, source: RewardSource, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
-        verdicts = source.judge(groups)
+    def _ask(self, source: RewardSource, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+        results = source.score(groups)
         if self._on_error == "stop":
-            refuse_fault(verdicts)
-        for verdict in (verdict for group in verdicts for verdict in group):
-            if isinstance(verdict, Fault):
-                self._warn(verdict.detail)
-        return verdicts
+            refuse_fault(results)
+        for result in (result for group in results for result in group):
+            if isinstance(result, WorkerFailure):
+                self._warn(result.detail)
+        return results
 
     def _warn(self, detail: str) -> None:
         kind = re.sub(r"\d+|'.*?'", "", detail)  # which prompt it was, and which value, makes no new kind
@@ -220,22 +220,22 @@ class Rewards:
             self._warnings.append(f"{detail}; the completions concerned earn 0")
 
 
-def refuse_fault(verdicts: Sequence[Sequence[Reward | Fault]]) -> None:
+def refuse_fault(results: Sequence[Sequence[Reward | WorkerFailure]]) -> None:
     """Raises RewardFailed with the first fault's words where there is one."""
-    for verdict in (verdict for group in verdicts for verdict in group):
-        if isinstance(verdict, Fault):
-            raise RewardFailed(verdict.detail)
+    for result in (result for group in results for result in group):
+        if isinstance(result, WorkerFailure):
+            raise RewardFailed(result.detail)
 
 
-def combine(verdicts: Sequence[Reward | Fault]) -> Reward:
+def combine(results: Sequence[Reward | WorkerFailure]) -> Reward:
     """One completion's reward from what every source says of it."""
     parts: dict[str, Any] = {}
     fault, total = None, 0.0
-    for verdict in verdicts:
-        if isinstance(verdict, Fault):
-            fault = fault or verdict.kind
+    for result in results:
+        if isinstance(result, WorkerFailure):
+            fault = fault or result.kind
         else:
-            fault = fault or verdict.fault
-            total += verdict.total
-            parts |= verdict.parts
+            fault = fault or result.fault
+            total += result.total
+            parts |= result.parts
     return Reward(0.0 if fault else total, parts, fault)

@@ -13,7 +13,7 @@ from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.data.messages import without_pixels
 from lmmr1_jax.rewards.sources.base import Group, refuse_fault
 from lmmr1_jax.rewards.sources.specs import FunctionSpec
-from lmmr1_jax.rewards.workers.pool import Fault, StartFailed, WorkerPool
+from lmmr1_jax.rewards.workers.pool import StartFailed, WorkerFailure, WorkerPool
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward
 
@@ -45,26 +45,26 @@ class FunctionSource:
             self._pool.run([None])
         except StartFailed as error:
             raise UserError(f"rewards.functions: {self._where}: {error}") from None
-        refuse_fault(self.judge([group]))
+        refuse_fault(self.score([group]))
 
-    def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
-        """`sources.RewardSource.judge`: every part is `NAME` or `NAME/PART`."""
+    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+        """`sources.RewardSource.score`: every part is `NAME` or `NAME/PART`."""
         try:
             answers = self._pool.run([as_data(group) for group in groups])
         except StartFailed as error:  # it had to be started anew
-            answers = [Fault("died", str(error))] * len(groups)
+            answers = [WorkerFailure("died", str(error))] * len(groups)
         return [self._verdicts(answer, group) for answer, group in zip(answers, groups, strict=True)]
 
     def close(self) -> None:
         """Ends the processes."""
         self._pool.close()
 
-    def _verdicts(self, answer: Any, group: Group) -> list[Reward | Fault]:
-        if isinstance(answer, Fault):
+    def _verdicts(self, answer: Any, group: Group) -> list[Reward | WorkerFailure]:
+        if isinstance(answer, WorkerFailure):
             reasons = {"timeout": f"took longer than rewards.function_timeout, {self._limit:g} s", "died": "died"}
             reason = answer.detail or reasons[answer.kind]
             prompt = group.rollout.encoded.prompt.prompt_id
-            return [Fault(answer.kind, f"{self._where} {reason} (prompt {prompt!r})")] * len(group.texts)
+            return [WorkerFailure(answer.kind, f"{self._where} {reason} (prompt {prompt!r})")] * len(group.texts)
         return [
             Reward(
                 self._weight * earned,

@@ -1,4 +1,4 @@
-"""A reward function as a worker's job (`warden.py`): tasks are rollouts as plain data (`functions.as_data`).
+"""A reward function as a worker's job (`fork_server.py`): tasks are rollouts as plain data (`functions.as_data`).
 
 Loaded after the fork, in a process of its own: whatever the file imports or starts is the user's, and ends with it.
 An answer is a list with one pair per completion: what it earned, and its named parts ("" is the function's own name).

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.rewards.sources.base import Group, refuse_fault
 from lmmr1_jax.rewards.sources.specs import ServerSpec
-from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.types.records import Reward
 
 REQUESTS_AT_A_TIME = 8
@@ -70,10 +70,10 @@ class ServerSource:
 
     def check(self, group: Group) -> None:
         """`sources.RewardSource.check`: one request, with all its tries."""
-        refuse_fault(self.judge([group]))
+        refuse_fault(self.score([group]))
 
-    def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
-        """`sources.RewardSource.judge`: the rewards are the part `NAME`, `acc_rewards` are `NAME/acc`, and so on."""
+    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+        """`sources.RewardSource.score`: the rewards are the part `NAME`, `acc_rewards` are `NAME/acc`, and so on."""
         parts = list(_parts(groups))
         queue = collections.deque((Future(), part) for part in parts)
         asked = [future for future, _ in queue]
@@ -98,15 +98,15 @@ class ServerSource:
             while pending:
                 pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION).not_done
                 self._interrupt()
-            return [verdicts for future in asked for verdicts in future.result()]
+            return [results for future in asked for results in future.result()]
         finally:
             given_up.set()  # whoever waits for the next try stops waiting
 
     def close(self) -> None:
         """Nothing: every request has a connection of its own."""
 
-    def _ask(self, groups: Sequence[Group], given_up: threading.Event) -> list[list[Reward | Fault]]:
-        """The verdicts on some groups, after as many tries as it takes or as are allowed."""
+    def _ask(self, groups: Sequence[Group], given_up: threading.Event) -> list[list[Reward | WorkerFailure]]:
+        """The results on some groups, after as many tries as it takes or as are allowed."""
         body = json.dumps(
             {
                 "query": [group.raw_prompt + text for group in groups for text in group.raw_texts],
@@ -129,11 +129,11 @@ class ServerSource:
                         continue
                 self._down = self._down or not error.certain
                 times = f" ({number} tries)" if number > 1 else ""
-                fault = Fault("timeout" if error.timeout else "error", f"{url}: {error}{times}")
+                fault = WorkerFailure("timeout" if error.timeout else "error", f"{url}: {error}{times}")
                 return [[fault] * len(group.texts) for group in groups]
             self._down = False
-            verdicts = iter(self._reward(rewards, row, faults[row]) for row in range(count))
-            return [[next(verdicts) for _ in group.texts] for group in groups]
+            results = iter(self._reward(rewards, row, faults[row]) for row in range(count))
+            return [[next(results) for _ in group.texts] for group in groups]
         raise AssertionError("unreachable")
 
     def _reward(self, rewards: dict[str, list[float]], row: int, fault: str | None) -> Reward:

@@ -20,7 +20,7 @@ from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.rewards.sources.base import Group
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
 from lmmr1_jax.rewards.sources.specs import ModelSpec
-from lmmr1_jax.rewards.workers.pool import Fault
+from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward
 from weights_bridge.errors import CheckpointError
@@ -45,13 +45,13 @@ class RewardModelSource:
         if group.rollout.encoded.images and self.model.config.vision is None:
             _log.warning("rewards.models: %s is a model of text: it does not see the images", self._folder)
 
-    def judge(self, groups: Sequence[Group]) -> list[list[Reward | Fault]]:
-        """`sources.RewardSource.judge`. A score that is not finite is a fault, and so is a token that the model has
+    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+        """`sources.RewardSource.score`. A score that is not finite is a fault, and so is a token that the model has
         no embedding for: tables are padded beyond the tokenizer's last token, and not all to the same size."""
         rollouts = [group.rollout for group in groups]
         return [
             [
-                self._verdict(score, completion.token_ids)
+                self._result(score, completion.token_ids)
                 for score, completion in zip(scores, rollout.completions, strict=True)
             ]
             for scores, rollout in zip(self.model.score(rollouts), rollouts, strict=True)
@@ -60,20 +60,20 @@ class RewardModelSource:
     def close(self) -> None:
         """Nothing: the weights go with the model."""
 
-    def state(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any] | None:
         """What a resumed run must go on with."""
-        return self.model.state()
+        return self.model.state_dict()
 
-    def restore(self, state: dict[str, Any] | None) -> None:
-        """Back to `state`."""
-        self.model.restore(state)
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Goes back to `state`."""
+        self.model.load_state_dict(state)
 
-    def _verdict(self, score: float, token_ids: np.ndarray) -> Reward | Fault:
+    def _result(self, score: float, token_ids: np.ndarray) -> Reward | WorkerFailure:
         largest = int(np.max(token_ids, initial=0))
         if largest >= self.model.config.text.vocab_size:
-            return Fault("error", f"{self._folder} has no embedding for the sampled token {largest}")
+            return WorkerFailure("error", f"{self._folder} has no embedding for the sampled token {largest}")
         if not math.isfinite(score):
-            return Fault("error", f"{self._folder} gave the score {score}")
+            return WorkerFailure("error", f"{self._folder} gave the score {score}")
         return Reward(self._weight * score, {self.name: score})
 
 

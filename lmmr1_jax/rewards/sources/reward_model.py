@@ -100,11 +100,11 @@ class RewardModel:
             for rollout in rollouts
         ]
 
-    def state(self) -> dict[str, Any] | None:
+    def state_dict(self) -> dict[str, Any] | None:
         """The shapes: what a resumed run must go on with."""
         return None if self.shapes is None else dataclasses.asdict(self.shapes)
 
-    def restore(self, state: dict[str, Any] | None) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
         """Back to `state`; on another number of devices rows are planned anew."""
         is_same = state is not None and state["row_devices"] == row_shards(self._mesh)
         self.shapes = PackShapes(**state) if is_same else None

@@ -2,20 +2,20 @@
 
     python -m lmmr1_jax.rewards.workers.fork_server FD MEMORY JOB ARGUMENTS...
 
-A pool starts one warden with a fresh interpreter, never by forking itself: it runs JAX. JOB is a module that defines
-`prepare()`, called once before the forks, and `begin(*arguments)`, called in every worker, which returns the function
-that answers tasks. The warden prepares the rules once and then forks a worker whenever it is told to, so a worker that
-had to be killed is replaced within milliseconds and shares the imported pages. What it is told is one byte and one file
-descriptor over the socket FD: "kill the worker in this slot if there is one, and start another that answers on this
-descriptor".
+A pool starts one fork server with a fresh interpreter, never by forking itself: it runs JAX. JOB is a module that
+defines `prepare()`, called once before the forks, and `begin(*arguments)`, called in every worker, which returns the
+function that answers tasks. The fork server prepares the rules once and then forks a worker whenever it is told to,
+so a worker that had to be killed is replaced within milliseconds and shares the imported pages. What it is told is
+one byte and one file descriptor over the socket FD: "kill the worker in this slot if there is one, and start another
+that answers on this descriptor".
 
-The warden does nothing that can hang. When the run ends, however it ends, the socket closes and the warden kills its
-workers and ends; should the warden itself be killed, Linux kills its workers. Interrupts and SIGTERM, which reach
-the whole process group, are left to the run.
+The fork server does nothing that can hang. When the run ends, however it ends, the socket closes and the fork server
+kills its workers and ends; should the fork server itself be killed, Linux kills its workers. Interrupts and SIGTERM,
+which reach the whole process group, are left to the run.
 
-multiprocessing's forkserver would do most of this, but its workers import the run's main module again, keep the server
-alive while they hang, and its settings are the process's, not ours. Each worker has a connection of its own: one that
-dies holding a shared queue's lock would take the others with it.
+multiprocessing's forkserver would do most of this, but its workers import the run's main module again, keep the
+server alive while they hang, and its settings are the process's, not ours. Each worker has a connection of its own:
+one that dies holding a shared queue's lock would take the others with it.
 
 Nothing here or in the jobs imports jax.
 """
@@ -44,7 +44,7 @@ def main(descriptor: int, memory_bytes: int, job: str, arguments: list[str]) -> 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=descriptor)
-    warden = os.getpid()
+    server_pid = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # before the forks: workers only call it
     work = importlib.import_module(job)
     work.prepare()
@@ -61,7 +61,7 @@ def main(descriptor: int, memory_bytes: int, job: str, arguments: list[str]) -> 
             if pid == 0:
                 with contextlib.suppress(BaseException):
                     control.close()
-                    _limit(libc, warden, memory_bytes)
+                    _limit(libc, server_pid, memory_bytes)
                     _serve(Connection(descriptors[0]), work, arguments)
                 os._exit(0)
             os.close(descriptors[0])
@@ -80,11 +80,11 @@ def _kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def _limit(libc: Any, warden: int, memory_bytes: int) -> None:
+def _limit(libc: Any, server_pid: int, memory_bytes: int) -> None:
     os.setsid()
     if libc is not None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != warden:  # it died before the line above
+        if os.getppid() != server_pid:  # it died before the line above
             os._exit(0)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # when memory runs out, take the worker, not the run

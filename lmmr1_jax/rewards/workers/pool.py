@@ -4,8 +4,8 @@
         answers = pool.run(tasks)
 
 What a model wrote may hang a parser, eat the machine's memory or kill the interpreter, and so may a reward function
-that somebody wrote. A task whose worker hangs or dies has a `Fault` for an answer, and no other task's answer changes:
-answers arrive one by one, and what a killed worker had still to do goes to another.
+that somebody wrote. A task whose worker hangs or dies has a `WorkerFailure` for an answer, and no other task's answer
+changes: answers arrive one by one, and what a killed worker had still to do goes to another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FORK_SERVER = "lmmr1_jax.rewards.workers.fork_server"
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class WorkerFailure:
     """Why there is no answer.
 
     Attributes:
@@ -69,7 +69,7 @@ class WorkerPool:
         """Starts the workers and returns at once; they import what they need meanwhile.
 
         Args:
-          job: module of the work (`warden.py` says what it defines), with its arguments.
+          job: module of the work (`fork_server.py` says what it defines), with its arguments.
           workers: processes, up to 256.
           memory_bytes: address space of one worker; 0 is no limit.
           start_timeout: seconds that a worker may take to be ready.
@@ -78,14 +78,14 @@ class WorkerPool:
         self._job = (job, *arguments)
         self._memory_bytes, self._start_timeout = memory_bytes, start_timeout
         self._turn = threading.Lock()
-        self._warden: _Warden | None = None
+        self._fork_server: _ForkServer | None = None
         self._workers = [_Worker(slot) for slot in range(min(max(1, workers), 256))]
         self._closed = False
         with self._turn:
             for worker in self._workers:
                 self._start(worker)
 
-    def run(self, tasks: Sequence[Any]) -> list[Any | Fault]:
+    def run(self, tasks: Sequence[Any]) -> list[Any | WorkerFailure]:
         """The answer to every task, in order, or the fault that kept it from being answered.
 
         Raises:
@@ -111,13 +111,13 @@ class WorkerPool:
     def close(self) -> None:
         """Ends all workers, busy or not; a call that waits for them in another thread raises RuntimeError."""
         self._closed = True
-        if self._warden is not None:
-            self._warden.close()  # before our turn: whoever has it may be waiting for a worker that hangs
+        if self._fork_server is not None:
+            self._fork_server.close()  # before our turn: whoever has it may be waiting for a worker that hangs
         with self._turn:
             for worker in self._workers:
                 worker.hang_up()
-            if self._warden is not None:
-                self._warden.close()
+            if self._fork_server is not None:
+                self._fork_server.close()
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -146,7 +146,7 @@ class WorkerPool:
         """Deals the queue's tasks and settles their tickets, until there are none and none can come."""
         failed_starts = 0
 
-        def fail(worker: _Worker, fault: Fault) -> None:
+        def fail(worker: _Worker, fault: WorkerFailure) -> None:
             """The task in hand gets its fault, those behind it go back to the head of the queue."""
             ticket, _ = worker.assigned.popleft()
             queue.extendleft(reversed(worker.assigned))
@@ -184,12 +184,12 @@ class WorkerPool:
                                 worker.pid, failed_starts = message, 0
                         else:
                             known, value = message
-                            settle(worker.assigned.popleft()[0], value if known else Fault("error", value))
+                            settle(worker.assigned.popleft()[0], value if known else WorkerFailure("error", value))
                         if not worker.connection.poll():
                             break
                 except (EOFError, OSError):
                     if worker.assigned:
-                        fail(worker, Fault("died"))
+                        fail(worker, WorkerFailure("died"))
                         continue
                     failed_starts += worker.pid is None
                     if failed_starts >= MOST_FAILED_STARTS:
@@ -201,7 +201,7 @@ class WorkerPool:
                 if worker.connection.poll():
                     continue
                 if worker.assigned and now - worker.since > self.timeout:
-                    fail(worker, Fault("timeout"))
+                    fail(worker, WorkerFailure("timeout"))
                 elif worker.pid is None and now - worker.since > self._start_timeout:
                     raise StartFailed(f"not ready within {self._start_timeout:g} s")
 
@@ -218,19 +218,19 @@ class WorkerPool:
         for _ in range(2):
             if self._closed:
                 raise RuntimeError("the verifier was closed while it worked")
-            if self._warden is None:
-                self._warden = _Warden(self._memory_bytes, self._job)
+            if self._fork_server is None:
+                self._fork_server = _ForkServer(self._memory_bytes, self._job)
             worker.hang_up()
             ours, theirs = socket.socketpair()
             worker.connection = Connection(ours.detach())
-            worker.since = float("inf")  # the warden may be starting itself
+            worker.since = float("inf")  # the fork server may be starting itself
             with theirs:
                 try:
-                    socket.send_fds(self._warden.control, [bytes([worker.slot])], [theirs.fileno()])
+                    socket.send_fds(self._fork_server.control, [bytes([worker.slot])], [theirs.fileno()])
                     return
-                except OSError:  # somebody killed the warden, and with it all workers
-                    self._warden.close()
-                    self._warden = None
+                except OSError:  # somebody killed the fork server, and with it all workers
+                    self._fork_server.close()
+                    self._fork_server = None
         raise StartFailed("the workers do not start; what they say is on stderr above")
 
 
@@ -254,7 +254,7 @@ class Inbox:
         self._ring.setblocking(False)
 
     def submit(self, task: Any) -> Future:
-        """The task's answer or `Fault`, when it is known; raises RuntimeError once the inbox is closed."""
+        """The task's answer or `WorkerFailure`, when it is known; raises RuntimeError once the inbox is closed."""
         future: Future = Future()
         with self._lock:
             if not self.is_open:
@@ -317,8 +317,8 @@ class _Worker:
         self.connection, self.pid = None, None
 
 
-class _Warden:
-    """The process that workers are forked from (`warden.py`); it ends when our end of its socket closes."""
+class _ForkServer:
+    """The process that workers are forked from (`fork_server.py`); it ends when our end of its socket closes."""
 
     def __init__(self, memory_bytes: int, job: Sequence[str]):
         root = str(Path(__file__).parents[3])

@@ -63,11 +63,11 @@ class VllmSampler:
         if self._settings.sleeps:
             self.fleet.sleep()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Nothing of an engine outlives it."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
 
     def release_params(self) -> None:

@@ -122,12 +122,12 @@ class JaxSampler:
         """What `submit` put off."""
         return handle()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The shapes in use, which a resumed run must go on with to sample the same last bits."""
         return dataclasses.asdict(self.shapes)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Back to `state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to `state`."""
         self.shapes = PromptShapes(**state)
 
     def sample(
