@@ -47,10 +47,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         from lmmr1_jax.rollout.evaluation import evaluate
         from lmmr1_jax.rollout.local.sampler import sampling_key
         from lmmr1_jax.rollout.rollout_queue import RolloutQueue
-        from lmmr1_jax.run import setup as assembly
+        from lmmr1_jax.run import setup
         from lmmr1_jax.run.folder import describe_run, open_run_folder
         from lmmr1_jax.run.gap_monitor import LogProbGapMonitor
         from lmmr1_jax.run.gap_probe import GapProbe
+        from lmmr1_jax.run.policy import open_policy
         from lmmr1_jax.run.step import Step
         from lmmr1_jax.runtime.device_memory import release_memory
         from lmmr1_jax.runtime.errors import SamplingFailed
@@ -67,18 +68,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
         verifier = open_parts.enter_context(Verifier(config.rewards))
         skips = open_parts.enter_context(contextlib.closing(SkipLog(folder / "skipped.jsonl", keep=resumes)))
         policy = open_parts.enter_context(
-            assembly.open_policy(config, resumed_at=max(written, default=0), check=stop.check)
+            open_policy(config, resumed_at=max(written, default=0), check=stop.check)
         )
-        rewards = open_parts.enter_context(assembly.build_rewards(config, policy, verifier, stop.check))
+        rewards = open_parts.enter_context(setup.build_rewards(config, policy, verifier, stop.check))
         stop.check()
-        prompts, evaluated = assembly.read_data(config, policy.processor, verifier, skips)
-        assembly.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
+        prompts, evaluated = setup.read_data(config, policy.processor, verifier, skips)
+        setup.try_rewards(rewards, prompts, policy.processor, config.rollout.completions)
         stop.check()
         held_out = HeldOut(evaluated, policy.processor, skips, workers=config.data.workers)
-        loader = assembly.build_prompt_loader(config, prompts, policy.processor, skips)
+        loader = setup.build_prompt_loader(config, prompts, policy.processor, skips)
         open_parts.callback(loader.close)
-        total_steps = assembly.count_steps(config, len(prompts))
-        learner = assembly.build_learner(config, policy, total_steps * registry.updates_per_rollout(config))
+        total_steps = setup.count_steps(config, len(prompts))
+        learner = setup.build_learner(config, policy, total_steps * registry.updates_per_rollout(config))
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         open_parts.callback(checkpoints.close)
         step = Step(config, policy, learner, rewards.score)
@@ -101,7 +102,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             for name, part in remembering.items():
                 part.load_state_dict(memory[name])
         else:
-            done, state = 0, assembly.initial_state(config, policy, learner)
+            done, state = 0, setup.initial_state(config, policy, learner)
         describe_run(folder, config, policy.source)
         policy.sampler.load(state.params, done)
 

@@ -26,7 +26,8 @@ from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.rollout.engines import open as engines_open
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
 from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
-from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run import setup
+from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
@@ -68,8 +69,8 @@ class Student:
     """A model with its learner and the built-in sampler (`policy.sampler`)."""
 
     def __init__(self, run: TrainConfig):
-        self.config, self.policy = run, assembly.assemble_policy(run)
-        self.learner: Learner = assembly.build_learner(run, self.policy, UPDATES)
+        self.config, self.policy = run, assemble_policy(run)
+        self.learner: Learner = setup.build_learner(run, self.policy, UPDATES)
         self._shapes: PackShapes | None = None
 
     def pack(self, rollouts: Sequence[Rollout]):

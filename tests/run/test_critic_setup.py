@@ -14,8 +14,9 @@ from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, RolloutConfig
 from lmmr1_jax.learner.critic import SCORE
 from lmmr1_jax.packing.pack import gather, pack, plan_shapes
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
-from lmmr1_jax.run import setup as assembly
+from lmmr1_jax.run import setup
 from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import Completion, Rollout
@@ -33,7 +34,7 @@ def config(**critic):
 
 @functools.cache
 def policy():
-    return assembly.assemble_policy(config())
+    return assemble_policy(config())
 
 
 def critic_of(given):
@@ -65,8 +66,8 @@ def test_a_shared_critic_is_a_head_alone():
 def test_a_reward_model_brings_its_score_and_values_are_its_scores_of_what_stands_before_a_token(tmp_path):
     folder = tiny_reward_model.write(tmp_path / "rm", seed=3)
     given = config(path=str(folder))
-    learner = assembly.build_learner(given, policy(), 1)
-    state = assembly.initial_state(given, policy(), learner)
+    learner = setup.build_learner(given, policy(), 1)
+    state = setup.initial_state(given, policy(), learner)
     processor, rng = policy().processor, np.random.default_rng(0)
     rollouts = [
         Rollout(processor.encode(prompt), tuple(
