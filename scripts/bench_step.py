@@ -104,26 +104,26 @@ def measure(config: TrainConfig, policy: PolicyModel, steps: int) -> dict[str, A
             loader, skips, step.begin, prompts=wanted.prompts, staleness=wanted.staleness, batches=steps + 1
         )
         for number in range(steps + 1):
-            watch = Stopwatch()
-            with watch("rollout"):
+            clock = Stopwatch()
+            with clock("rollout"):
                 rollouts = batches.next(number)
-            with watch("score"):
+            with clock("score"):
                 rollouts = step.score(rollouts)
-                minibatches = step.prepare(rollouts, state)
-            with watch("learn"):
+                minibatches, _ = step.prepare(rollouts, state)
+            with clock("learn"):
                 state, metrics = step.update(state, minibatches)
-            with watch("sync"):
+            with clock("sync"):
                 policy.sampler.load(state.params, number + 1)
                 jax.block_until_ready(state.params)
             if any(len(c.token_ids) != wanted.max_new_tokens for rollout in rollouts for c in rollout.completions):
                 raise RuntimeError("a completion has another length than was asked for")
             del minibatches
-            print(f"{'first' if number == 0 else 'step ':5s} " + _line(watch.seconds), flush=True)
+            print(f"{'first' if number == 0 else 'step ':5s} " + _line(clock.seconds), flush=True)
             if number == 0:
                 compilations.restart()
                 memory_is_fresh = forget_peak_memory()
             else:
-                measured.append(watch.seconds)
+                measured.append(clock.seconds)
     compiled = compilations.count  # the measurement of the limit compiles too
 
     seconds = {phase: statistics.median(step[phase] for step in measured) for phase in PHASES}
@@ -181,7 +181,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def trivial_reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
+def trivial_reward(rollouts: Sequence[Rollout], progress: object = None) -> list[Rollout]:
     """Free to compute, and different from completion to completion, so that advantages are not zero."""
     return [
         dataclasses.replace(r, rewards=tuple(Reward(float(c.token_ids.sum() % 97) / 96, {}) for c in r.completions))

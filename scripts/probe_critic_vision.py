@@ -74,7 +74,7 @@ def compare(config: TrainConfig, verifier: Verifier, steps: int, every: int, hel
     policy.sampler.load(policy.load(), 0)  # a copy of its own: updates donate theirs
 
     def sampled(prompts: Sequence[EncodedPrompt], number: int, state: TrainState) -> list[PackedBatch]:
-        return step.prepare(step.score(step.sample(prompts, number)), state)
+        return step.prepare(step.score(step.begin(prompts, number)()), state)[0]
 
     size = config.rollout.prompts
     encoded = [policy.processor.encode(prompt) for prompt in unseen[:held_out]]

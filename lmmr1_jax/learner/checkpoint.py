@@ -60,6 +60,14 @@ class Checkpoints:
         self._scores.pop(step, None)
         self._damaged.discard(step)
 
+    def save_once(self, step: int, state: TrainState, extras: dict[str, Any]) -> None:
+        """Sees to it that this step has a whole checkpoint: waits for one that is being written, writes none that is
+        there already, and returns when it is whole on disk."""
+        self.wait()
+        if step not in self.steps():
+            self.save(step, state, extras)
+            self.wait()
+
     def wait(self) -> None:
         """Return when the last checkpoint is whole on disk; then remove those that are not to be kept.
 

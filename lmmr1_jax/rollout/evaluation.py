@@ -123,6 +123,8 @@ def evaluate(
     top_k: int = 0,
     prompts_at_a_time: int = PROMPTS_AT_A_TIME,
     check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    total: int = 0,
 ) -> Evaluation:
     """Samples n completions of each prompt, greedily unless a temperature says otherwise, and judges them.
 
@@ -130,6 +132,7 @@ def evaluate(
       decode_text: `Processor.decode`.
       encoded: prompts with labels; taken `prompts_at_a_time`.
       check: called before each of these batches; what it raises ends the evaluation.
+      progress: called with how many prompts have been evaluated, of `total`.
 
     Raises:
       ValueError: k is greater than n.
@@ -150,6 +153,7 @@ def evaluate(
         )
         rollouts = [Rollout(prompt, completions) for prompt, completions in zip(batch, sampled, strict=True)]
         results += score_rollouts(rollouts, decode_text, verifier)
+        progress(len(results), total)
     return Evaluation(n, k, tuple(results))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmmr1_jax.algorithms.registry import needs_critic
@@ -24,7 +27,7 @@ from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
 from lmmr1_jax.run.critic_setup import build_critic, load_critic
-from lmmr1_jax.run.policy import PolicyModel
+from lmmr1_jax.run.policy import EMBEDDED_MODEL, PolicyModel
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
@@ -156,3 +159,36 @@ def count_steps(config: TrainConfig, prompts: int) -> int:
             "policy would never be trained; it must be fewer"
         )
     return steps
+
+
+def introduction(config: TrainConfig, policy: PolicyModel, prompts: int, held_out: int, total_steps: int) -> list[str]:
+    """What a run says of itself before its first step: model, data, devices and folder, a line each.
+
+    Args:
+      config: the run's.
+      policy: the model on its devices.
+      prompts, held_out: prompts to train on and to evaluate with.
+      total_steps: of the whole run.
+    """
+    network, devices = policy.network, policy.mesh.devices.ravel()
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network.abstract_params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in policy.mesh.shape.items())
+    kind = devices[0].device_kind
+    rollout, data = config.rollout, config.data.path
+    lines = [
+        f"model    {config.model.path or EMBEDDED_MODEL}: {network.config.model_type}, {parameters:,} parameters, "
+        f"products in {jnp.dtype(network.compute_dtype).name}",
+        f"data     {data or EMBEDDED_DATA}: {prompts:,} prompts to train on, {held_out:,} to evaluate with",
+        f"devices  {devices.size} {kind}, mesh {mesh}",
+        f"run      {config.run.dir}: {total_steps:,} steps of {rollout.prompts} prompts x {rollout.completions} "
+        f"completions, {config.algorithm.name}, sampled by {rollout.sampler}",
+    ]
+    unset = [
+        f"{flag} is not set, so this run trains {what}"
+        for flag, path, what in (
+            ("--model.path", config.model.path, "the tiny Qwen2.5-VL that ships with the package"),
+            ("--data.path", data, "on generated images of coloured shapes"),
+        )
+        if not path
+    ]
+    return lines + (["note: " + "; ".join(unset)] if unset else [])

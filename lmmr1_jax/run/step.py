@@ -1,9 +1,9 @@
-"""One step of a run in its four phases: sample, score, learn, and hand the new weights over.
+"""The phases of a step, each of which gives back what it made and what it measured.
 
-    groups = step.sample(loader.take(P), done)      # what the policy writes
-    groups = step.score(groups)                     # what it earns
-    batches = step.prepare(groups, state)           # advantages, and the passes they need
-    state, metrics = step.update(state, batches)    # what it learns
+    groups = step.begin(loader.take(P), number)()       # what the policy writes
+    groups = step.score(groups)                         # what it earns
+    batches, metrics = step.prepare(groups, state)      # advantages, and the passes they need
+    state, metrics = step.update(state, batches)        # what it learns
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ _LAST = ("learning_rate", "skipped_updates", "value/learning_rate")
 _PER_TOKEN = {*losses.METRICS, *value_loss.METRICS} - {"loss/policy"}
 """Metrics that are means over an update's tokens; what the policy's loss is a mean of, its aggregation says."""
 
-RewardFn = Callable[[Sequence[Rollout]], list[Rollout]]
+RewardFn = Callable[[Sequence[Rollout], Callable[[int, int], None]], list[Rollout]]
+Metrics = dict[str, float]
 
 
 class Step:
@@ -54,8 +55,9 @@ class Step:
         config: TrainConfig,
         policy: PolicyModel,
         learner: Learner,
-        judge: RewardFn,
+        rewards: RewardFn,
         *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
         forced_length: bool = False,
     ):
         """
@@ -63,21 +65,17 @@ class Step:
           config: the run's.
           policy: the model with its sampler.
           learner: the model's learner.
-          judge: gives rollouts their rewards; `Rewards.score`.
+          rewards: gives rollouts their rewards; `Rewards.score`.
+          progress: called with how much of a phase is done, of how much.
           forced_length: completions don't end before the limit (for benchmarks).
         """
         self.config, self.policy, self.learner = registry.resolved(config), policy, learner
         self.kl_coefficient = config.algorithm.kl_coefficient
         self.shapes: PackShapes | None = None
-        self._judge = judge
+        self._rewards, self._progress = rewards, progress
         self._forced_length = forced_length
-        self._told: dict[str, float] = {}
         self._algorithm = registry.algorithm(config.algorithm.name)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
-
-    def sample(self, prompts: Sequence[EncodedPrompt], done: int) -> list[Rollout]:
-        """The groups that the sampler's weights write for `prompts`; `done` steps lie behind."""
-        return self.begin(prompts, done)()
 
     def begin(self, prompts: Sequence[EncodedPrompt], done: int, again: int = 0) -> Callable[[], list[Rollout]]:
         """Lets the sampler begin with `prompts`, for the step that `done` steps lie behind; what it returns waits for
@@ -100,33 +98,31 @@ class Step:
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same groups with their rewards."""
-        return with_overlong_penalty(self._judge(rollouts), self.config.algorithm, self.config.rollout.max_new_tokens)
+        scored = self._rewards(rollouts, self._progress)
+        return with_overlong_penalty(scored, self.config.algorithm, self.config.rollout.max_new_tokens)
 
     def replace_equal(
-        self, rollouts: Sequence[Rollout], take: Callable[[int], list[EncodedPrompt]], done: int, watch: Stopwatch
-    ) -> list[Rollout]:
+        self, rollouts: Sequence[Rollout], take: Callable[[int], list[EncodedPrompt]], done: int, clock: Stopwatch
+    ) -> tuple[list[Rollout], Metrics]:
         """DAPO's dynamic sampling: groups that earned all the same give way to those of fresh prompts, which `take`
         gives (`rollout.dynamic_sampling`). What was sampled once more is timed as `rollout` and `score`."""
 
         def more(again: int) -> list[Rollout]:
-            with watch("rollout"):
+            with clock("rollout"):
                 fresh = self.begin(take(len(rollouts)), done, again)()
-            with watch("score"):
+            with clock("score"):
                 return self.score(fresh)
 
         rounds = self.config.algorithm.dynamic_sampling_rounds
-        if not rounds:
-            return list(rollouts)
-        kept, told = replace_equal_groups(rollouts, more, rounds)
-        self._told |= told
-        return kept
+        return replace_equal_groups(rollouts, more, rounds) if rounds else (list(rollouts), {})
 
-    def prepare(self, rollouts: Sequence[Rollout], state: TrainState) -> list[PackedBatch]:
+    def prepare(self, rollouts: Sequence[Rollout], state: TrainState) -> tuple[list[PackedBatch], Metrics]:
         """The groups as minibatches, with advantages, and the log-probs and values that the algorithm asks for.
 
         Old and reference log-probs and a critic's values cost a pass each and are computed only where something reads
-        them.
+        them. Metrics are the critic's, where there is one.
         """
+        metrics: Metrics = {}
         algorithm = dataclasses.replace(self.config.algorithm, kl_coefficient=self.kl_coefficient)
         minibatches = [list(part) for part in _deal(rollouts, self.config.learner.minibatches)]
         self._fit_shapes(rollouts, minibatches)
@@ -150,7 +146,7 @@ class Step:
             batches = [dataclasses.replace(batch, values=self.learner.values(state, batch)) for batch in batches]
             values = _gathered([batch.values for batch in batches], batches)
             rollouts, returns = self._algorithm.advantages(rollouts, algorithm, log_ratios, values)
-            self._told |= critic_metrics(values, returns)
+            metrics = critic_metrics(values, returns)
             left = iter(returns)
             batches = [
                 dataclasses.replace(batch, returns=scatter([next(left) for _ in range(_completions(batch))], batch))
@@ -158,34 +154,39 @@ class Step:
             ]
         else:
             rollouts = self._algorithm.advantages(rollouts, algorithm, log_ratios)
-        judged = iter(rollouts)
-        return [
+        with_advantages = iter(rollouts)
+        batches = [
             dataclasses.replace(
                 batch,
-                advantages=scatter([a for _ in groups for a in next(judged).advantages], batch),
+                advantages=scatter([a for _ in groups for a in next(with_advantages).advantages], batch),
                 kl_coefficient=np.asarray(self.kl_coefficient, np.float32),
             )
             for groups, batch in zip(minibatches, batches, strict=True)
         ]
+        return batches, metrics
 
-    def update(self, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[TrainState, dict[str, float]]:
+    def update(self, state: TrainState, batches: Sequence[PackedBatch]) -> tuple[TrainState, Metrics]:
         """All updates of the step. Metrics are means over the tokens of all updates, or over the updates where an
         update has one number; but for the gap (the first update's, whose weights are those that sampled) and for what
         counts on (the last's)."""
-        told, tokens = [], []
         self.policy.sampler.release_params()
-        for _ in range(self.config.learner.epochs):
-            for batch in batches:
-                state, metrics = self.learner.update(state, batch)
-                told.append(metrics)
-                tokens.append(float(batch.tokens_total))
+        micro_batches = [int(batch.micro_batches) for batch in batches] * self.config.learner.epochs
+        updates, tokens = [], []
+        for number, batch in enumerate([*batches] * self.config.learner.epochs):
+            state, metrics = self.learner.update(state, batch)
+            updates.append(metrics)
+            tokens.append(float(batch.tokens_total))
+            self._progress(sum(micro_batches[: number + 1]), sum(micro_batches))
         combined = {
-            name: float(np.average([m[name] for m in told], weights=tokens if name in _PER_TOKEN else None))
-            for name in told[0]
+            name: float(np.average([m[name] for m in updates], weights=tokens if name in _PER_TOKEN else None))
+            for name in updates[0]
         }
-        combined |= {name: told[0][name] for name in ("gap/mean", "gap/max")}
-        combined |= {name: told[-1][name] for name in _LAST if name in told[-1]}
-        combined |= self._told | {"kl_coefficient": self.kl_coefficient}
+        combined |= {name: updates[0][name] for name in ("gap/mean", "gap/max")}
+        combined |= {name: updates[-1][name] for name in _LAST if name in updates[-1]}
+        if self._reference is None:
+            combined.pop("kl", None)  # nothing was measured
+            return state, combined
+        combined["kl_coefficient"] = self.kl_coefficient
         if (algorithm := self.config.algorithm).kl_target:
             self.kl_coefficient = adapted_coefficient(
                 self.kl_coefficient,

@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import os
 
-from lmmr1_jax.config.schema import VllmConfig
-
 LEARNER_SHARE = "XLA_CLIENT_MEM_FRACTION"
 """JAX reads it once, when it first looks for devices."""
 CONTEXTS = 0.05
@@ -15,10 +13,11 @@ CONTEXTS = 0.05
 start, because less than its share is free."""
 
 
-def share_devices(config: VllmConfig) -> None:
-    """Leaves `gpu_memory_utilization` and `CONTEXTS` of each GPU; what the environment already says stays as it is."""
-    if config.colocate and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
-        os.environ.setdefault(LEARNER_SHARE, f"{1 - config.gpu_memory_utilization - CONTEXTS:.3f}")
+def reserve_device_memory(colocated: bool, engines_share: float) -> None:
+    """Leaves `engines_share` and `CONTEXTS` of each GPU where engines are colocated with the learner; what the
+    environment already says stays as it is. It must run before JAX is imported."""
+    if colocated and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault(LEARNER_SHARE, f"{1 - engines_share - CONTEXTS:.3f}")
 
 
 def release_memory() -> None:

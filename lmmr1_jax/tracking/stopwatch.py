@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase; `clock("rollout")` is a context that adds to the phase `rollout`.
 
-    def __init__(self) -> None:
+    Attributes:
+      seconds: of every phase so far.
+    """
+
+    def __init__(self, on_phase: Callable[[str], None] = lambda phase: None):
+        """`on_phase` is called with a phase's name when it begins."""
         self.seconds: dict[str, float] = {}
+        self._on_phase = on_phase
 
     @property
     def total(self) -> float:
@@ -20,6 +26,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._on_phase(phase)
         start = time.perf_counter()
         try:
             yield

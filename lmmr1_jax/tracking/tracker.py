@@ -70,7 +70,8 @@ class Tracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / "summary.json").unlink(missing_ok=True)
 
-        self._display = display or ProgressDisplay(total_steps, resume_step or 0)
+        self._display = display or ProgressDisplay(total_steps)
+        self._display.start(resume_step or 0)
         self._sinks: list[Any] = [JsonLinesSink(self._folder, resume_step), self._display]
         if config.tracking.tensorboard:
             self._add(lambda: TensorBoardSink(self._folder, resume_step, config.tracking.images_every))

@@ -4,8 +4,7 @@ import os
 
 import pytest
 
-from lmmr1_jax.config.schema import VllmConfig
-from lmmr1_jax.runtime.device_memory import LEARNER_SHARE, share_devices
+from lmmr1_jax.runtime.device_memory import LEARNER_SHARE, reserve_device_memory
 
 DEPRECATED = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -24,7 +23,7 @@ def share() -> str | None:
 
 
 def test_learner_and_engine_leave_room_for_what_neither_counts(environment):
-    share_devices(VllmConfig(colocate=True, gpu_memory_utilization=0.4))
+    reserve_device_memory(True, 0.4)
     # An engine wants its 40 % free when it starts, beside two CUDA contexts of about 0.5 GB, on a GPU of 24 GB too.
     assert float(share()) * 24 + 0.4 * 24 + 2 * 0.5 <= 24
     assert float(share()) > 0.5
@@ -33,10 +32,10 @@ def test_learner_and_engine_leave_room_for_what_neither_counts(environment):
 @pytest.mark.parametrize("name", [LEARNER_SHARE, DEPRECATED])
 def test_a_share_that_the_environment_names_stays(environment, name):
     environment.setenv(name, "0.3")
-    share_devices(VllmConfig(colocate=True, gpu_memory_utilization=0.4))
+    reserve_device_memory(True, 0.4)
     assert share() == ("0.3" if name == LEARNER_SHARE else None)
 
 
 def test_a_learner_that_shares_nothing_is_told_nothing(environment):
-    share_devices(VllmConfig(gpu_memory_utilization=0.4))
+    reserve_device_memory(False, 0.4)
     assert share() is None

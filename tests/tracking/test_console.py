@@ -1,8 +1,10 @@
 """Progress is a line a step in a file or a pipe, a bar on a terminal; both show the same figures."""
 
 import io
+import re
 
 from rich.console import Console
+from waiting import wait_until
 
 from lmmr1_jax.tracking.console import ProgressDisplay, duration, seconds_left
 
@@ -31,11 +33,42 @@ def test_without_a_terminal_every_step_is_one_plain_line():
 def test_on_a_terminal_the_bar_and_the_figures_are_drawn_and_lines_stay():
     out = io.StringIO()
     display = ProgressDisplay(10, console=Console(file=out, force_terminal=True, width=100))
+    display.start()
     display.step(4, RECORD)
     display.say("[a checkpoint was written]")
     display.close()
     drawn = out.getvalue()
     assert "4/10" in drawn and "accuracy 0.500" in drawn and "[a checkpoint was written]" in drawn
+
+
+def test_within_a_step_the_phase_and_its_count_are_shown_until_the_step_ends():
+    out = io.StringIO()
+    with ProgressDisplay(10, console=Console(file=out, force_terminal=True, width=100)) as display:
+        display.start()
+        display.phase("rollout")
+        display.progress(12, 32)
+        assert re.fullmatch(r"rollout: sampling 12/32, 0:0\d", display.activity())
+        display.phase("learn")
+        assert re.fullmatch(r"learn: micro-batches learned, 0:0\d", display.activity())  # not the last phase's count
+        display.step(1, RECORD)
+        assert display.activity() == ""
+    drawn = out.getvalue()
+    assert drawn.endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_without_a_terminal_a_long_silence_is_broken_by_a_line():
+    out = io.StringIO()
+    with ProgressDisplay(10, console=Console(file=out, soft_wrap=True), quiet_seconds=0.05) as display:
+        display.start(done=3)
+        display.phase("score")
+        display.progress(7, 256)
+        assert wait_until(lambda: out.getvalue().count("\n") >= 2)
+    lines = out.getvalue().splitlines()
+    assert re.fullmatch(r"step 4/10  score: completions scored 7/256, 0:0\d", lines[0])
+    with ProgressDisplay(10, console=Console(file=(silent := io.StringIO())), quiet_seconds=30) as display:
+        display.start()
+        display.phase("score")
+    assert silent.getvalue() == ""
 
 
 def test_a_missing_figure_is_left_out():

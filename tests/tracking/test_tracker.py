@@ -28,7 +28,7 @@ def decode(token_ids: np.ndarray) -> str:
 
 
 def start(folder, resume_step=None, total_steps=4, **tracking) -> Tracker:
-    display = ProgressDisplay(total_steps, resume_step or 0, Console(file=io.StringIO()))
+    display = ProgressDisplay(total_steps, Console(file=io.StringIO()))
     return Tracker(folder, config(**tracking), resume_step, total_steps, decode=decode, display=display)
 
 

@@ -8,7 +8,7 @@ A completion whose judge hangs or dies earns 0 and says so in `Reward.fault`; no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.rewards.workers.pool import Inbox, WorkerFailure, WorkerPool
@@ -42,6 +42,8 @@ class Verifier:
         labels: Sequence[str],
         prompts: Sequence[str] | None = None,
         verifiers: Sequence[str] | None = None,
+        *,
+        on_answer: Callable[[int], None] = lambda index: None,
     ) -> list[Reward]:
         """One reward per completion, in order.
 
@@ -50,11 +52,12 @@ class Verifier:
           labels: the gold answer of each.
           prompts: the prompt of each as text; `lmm-r1` reads it where a completion is empty.
           verifiers: the name of each one's verifier; the config's where it is left out or empty.
+          on_answer: called with the index of each completion that has been judged.
         """
         prompts = [""] * len(texts) if prompts is None else prompts
         verifiers = [""] * len(texts) if verifiers is None else verifiers
         tasks = [self.task(*row) for row in zip(texts, labels, prompts, verifiers, strict=True)]
-        return [self.reward(answer) for answer in self._pool.run(tasks)]
+        return [self.reward(answer) for answer in self._pool.run(tasks, on_answer)]
 
     def parsable(self, labels: Sequence[str], verifiers: Sequence[str] | None = None) -> list[bool]:
         """`rules.gold_is_parsable` for each, within the time limit: an answer that hangs the parser is none."""

@@ -19,6 +19,12 @@ from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward, Rollout
 
+Scored = Callable[[int], None]
+
+
+def nobody(more: int) -> None:
+    """Nobody watches."""
+
 
 class RewardFailed(UserError):
     """A source could not judge, and the config says to stop then."""
@@ -76,8 +82,10 @@ class RewardSource(Protocol):
         """
         ...
 
-    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+    def score(self, groups: Sequence[Group], scored: Scored = nobody) -> list[list[Reward | WorkerFailure]]:
         """For every completion of every group, what this source adds to its reward, by name, or why it can't tell.
+
+        `scored` may be called with a number of further completions that have been scored, for who watches.
 
         `Reward.total` has the source's weight applied, `Reward.parts` have not; each part becomes the metric
         `reward/PART`, so its name must be the source's own (`specs.check_names`). A `WorkerFailure` is treated as
@@ -116,7 +124,8 @@ class RuleSource:
     def check(self, group: Group) -> None:
         """Nothing: they have read the gold answers."""
 
-    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+    def score(self, groups: Sequence[Group], scored: Scored = nobody) -> list[list[Reward | WorkerFailure]]:
+        """`RewardSource.score`."""
         texts = [text for group in groups for text in group.texts]
         every = [group for group in groups for _ in group.texts]
         prompts = None
@@ -124,7 +133,8 @@ class RuleSource:
             plain = [group.decode(group.rollout.encoded.token_ids) for group in groups]
             prompts = [text for text, group in zip(plain, groups, strict=True) for _ in group.texts]
         verifiers = [group.rollout.encoded.prompt.verifier for group in every]
-        rewards = iter(self._verifier.score(texts, [group.label for group in every], prompts, verifiers))
+        labels = [group.label for group in every]
+        rewards = iter(self._verifier.score(texts, labels, prompts, verifiers, on_answer=lambda index: scored(1)))
         return [[next(rewards) for _ in group.texts] for group in groups]
 
     def close(self) -> None:
@@ -164,14 +174,20 @@ class Rewards:
                     raise
                 self._warn(str(error))
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    def score(
+        self, rollouts: Sequence[Rollout], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> list[Rollout]:
         """The same groups with their rewards.
+
+        Args:
+          rollouts: groups without rewards.
+          progress: called with how many completions have been scored, of how many.
 
         Raises:
           RewardFailed: a source failed and `on_error` is "stop".
         """
         groups = [Group(rollout, self._decode) for rollout in rollouts]
-        results = [self._ask(source, groups) for source in self.sources]
+        results = [self._ask(source, groups, progress) for source in self.sources]
         return [
             dataclasses.replace(rollout, rewards=tuple(map(combine, zip(*theirs, strict=True))))
             for rollout, theirs in zip(rollouts, zip(*results, strict=True), strict=True)
@@ -204,8 +220,19 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, source: RewardSource, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
-        results = source.score(groups)
+    def _ask(
+        self, source: RewardSource, groups: Sequence[Group], progress: Callable[[int, int], None]
+    ) -> list[list[Reward | WorkerFailure]]:
+        total = sum(len(group.rollout.completions) for group in groups)
+        done = 0
+
+        def scored(more: int) -> None:
+            nonlocal done
+            done = min(done + more, total)
+            progress(done, total)
+
+        results = source.score(groups, scored)
+        scored(total)
         if self._on_error == "stop":
             refuse_fault(results)
         for result in (result for group in results for result in group):

@@ -11,7 +11,7 @@ from typing import Any
 
 from lmmr1_jax.config.schema import RewardsConfig
 from lmmr1_jax.data.messages import without_pixels
-from lmmr1_jax.rewards.sources.base import Group, refuse_fault
+from lmmr1_jax.rewards.sources.base import Group, Scored, nobody, refuse_fault
 from lmmr1_jax.rewards.sources.specs import FunctionSpec
 from lmmr1_jax.rewards.workers.pool import StartFailed, WorkerFailure, WorkerPool
 from lmmr1_jax.runtime.errors import UserError
@@ -47,19 +47,22 @@ class FunctionSource:
             raise UserError(f"rewards.functions: {self._where}: {error}") from None
         refuse_fault(self.score([group]))
 
-    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+    def score(self, groups: Sequence[Group], scored: Scored = nobody) -> list[list[Reward | WorkerFailure]]:
         """`sources.RewardSource.score`: every part is `NAME` or `NAME/PART`."""
         try:
-            answers = self._pool.run([as_data(group) for group in groups])
+            answers = self._pool.run(
+                [as_data(group) for group in groups],
+                on_answer=lambda index: scored(len(groups[index].rollout.completions)),
+            )
         except StartFailed as error:  # it had to be started anew
             answers = [WorkerFailure("died", str(error))] * len(groups)
-        return [self._verdicts(answer, group) for answer, group in zip(answers, groups, strict=True)]
+        return [self._results(answer, group) for answer, group in zip(answers, groups, strict=True)]
 
     def close(self) -> None:
         """Ends the processes."""
         self._pool.close()
 
-    def _verdicts(self, answer: Any, group: Group) -> list[Reward | WorkerFailure]:
+    def _results(self, answer: Any, group: Group) -> list[Reward | WorkerFailure]:
         if isinstance(answer, WorkerFailure):
             reasons = {"timeout": f"took longer than rewards.function_timeout, {self._limit:g} s", "died": "died"}
             reason = answer.detail or reasons[answer.kind]

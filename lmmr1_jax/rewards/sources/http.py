@@ -25,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.rewards.sources.base import Group, refuse_fault
+from lmmr1_jax.rewards.sources.base import Group, Scored, nobody, refuse_fault
 from lmmr1_jax.rewards.sources.specs import ServerSpec
 from lmmr1_jax.rewards.workers.pool import WorkerFailure
 from lmmr1_jax.types.records import Reward
@@ -72,7 +72,7 @@ class ServerSource:
         """`sources.RewardSource.check`: one request, with all its tries."""
         refuse_fault(self.score([group]))
 
-    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+    def score(self, groups: Sequence[Group], scored: Scored = nobody) -> list[list[Reward | WorkerFailure]]:
         """`sources.RewardSource.score`: the rewards are the part `NAME`, `acc_rewards` are `NAME/acc`, and so on."""
         parts = list(_parts(groups))
         queue = collections.deque((Future(), part) for part in parts)
@@ -87,6 +87,7 @@ class ServerSource:
                     return
                 try:
                     future.set_result(self._ask(part, given_up))
+                    scored(sum(len(group.rollout.completions) for group in part))
                 except BaseException as error:
                     future.set_exception(error)
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from lmmr1_jax.config.schema import LearnerConfig
 from lmmr1_jax.data.compatibility import check_fit
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.rewards.sources.base import Group
+from lmmr1_jax.rewards.sources.base import Group, Scored, nobody
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
 from lmmr1_jax.rewards.sources.specs import ModelSpec
 from lmmr1_jax.rewards.workers.pool import WorkerFailure
@@ -45,7 +45,7 @@ class RewardModelSource:
         if group.rollout.encoded.images and self.model.config.vision is None:
             _log.warning("rewards.models: %s is a model of text: it does not see the images", self._folder)
 
-    def score(self, groups: Sequence[Group]) -> list[list[Reward | WorkerFailure]]:
+    def score(self, groups: Sequence[Group], scored: Scored = nobody) -> list[list[Reward | WorkerFailure]]:
         """`sources.RewardSource.score`. A score that is not finite is a fault, and so is a token that the model has
         no embedding for: tables are padded beyond the tokenizer's last token, and not all to the same size."""
         rollouts = [group.rollout for group in groups]

@@ -85,15 +85,26 @@ class WorkerPool:
             for worker in self._workers:
                 self._start(worker)
 
-    def run(self, tasks: Sequence[Any]) -> list[Any | WorkerFailure]:
+    def run(
+        self, tasks: Sequence[Any], on_answer: Callable[[int], None] = lambda index: None
+    ) -> list[Any | WorkerFailure]:
         """The answer to every task, in order, or the fault that kept it from being answered.
+
+        Args:
+          tasks: what the job answers.
+          on_answer: called with a task's index when its answer has come.
 
         Raises:
           StartFailed: no worker could be started.
           RuntimeError: the pool is closed, or was while it worked.
         """
         answers: list[Any] = [None] * len(tasks)
-        self._take_turn(collections.deque(enumerate(tasks)), answers.__setitem__)
+
+        def settle(index: int, answer: Any) -> None:
+            answers[index] = answer
+            on_answer(index)
+
+        self._take_turn(collections.deque(enumerate(tasks)), settle)
         return answers
 
     def serve(self, inbox: Inbox) -> None:
