@@ -24,6 +24,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet ruff
 	$(BIN)/python -m ruff check lmmr1_jax weights_bridge configs scripts tests
+	$(BIN)/lint-imports
 
 clean:
 	rm -rf $(VENV)
