@@ -58,6 +58,7 @@ from lmmr1_jax.tasks.shapes import (
 )
 from lmmr1_jax.types.batches import PackedBatch
 from lmmr1_jax.types.records import FINISH_STOP, Completion, Reward, Rollout
+from weights_bridge.config_json import parse_architecture
 from weights_bridge.export import export
 from weights_bridge.run_checkpoint import SOURCE_DTYPES_FILE
 from weights_bridge.tensor_table import layout, logical_axes
@@ -224,7 +225,7 @@ def write_side_files(folder: Path) -> None:
         },
     )
     # The dtypes that the weights will have, for the export: there are no weights yet.
-    _write_json(folder / SOURCE_DTYPES_FILE, {entry.hf_name: "float32" for entry in layout(config)})
+    _write_json(folder / SOURCE_DTYPES_FILE, {entry.hf_name: "float32" for entry in layout(parse_architecture(config))})
 
 
 def initial_params(network: Network, seed: int) -> Params:
@@ -414,7 +415,7 @@ def main() -> None:
         params = initial_params(network, SEED)
         print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
         params = align(params, network, processor, steps=arguments.align_steps, batch=arguments.batch, rate=3e-3)
-        axes = logical_axes(layout(json.loads((folder / "config.json").read_text())))
+        axes = logical_axes(layout(processor.config))
         batch = arguments.batch
         common = dict(batch=batch, rate=3e-3)
         params = warm_up(

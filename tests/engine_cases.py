@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
 from lmmr1_jax.run import setup
 from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
+from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
 from weights_bridge.tensor_table import read_layout
@@ -135,7 +135,7 @@ def stream(folder: Path, params: Mapping[str, Any], bucket_bytes: int = ONE_BUCK
 
 def announcement(folder: Path, sent: TensorStream) -> dict[str, Any]:
     """What a learner of the folder's model says of itself."""
-    return engines_open.init_info(json.loads((folder / "config.json").read_text()), sent)
+    return engines_open.init_info(read_architecture(folder), sent)
 
 
 def short_ids(encoded: EncodedPrompt) -> np.ndarray:

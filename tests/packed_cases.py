@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.types.batches import PackedBatch
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Reward, Rollout
+from weights_bridge.architecture import Architecture
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
 BANNED = (IMAGE, VIDEO, START, END)
@@ -46,7 +46,7 @@ def hf_config(*, vision: bool = True, tied: bool = True) -> dict:
     }  # fmt: skip
 
 
-def network(config: ModelConfig, remat: str = "none", constrain=None) -> Network:
+def network(config: Architecture, remat: str = "none", constrain=None) -> Network:
     return build(config, remat=remat, **({} if constrain is None else {"constrain": constrain}))
 
 
@@ -76,7 +76,7 @@ def patches_of(image: Image) -> np.ndarray:
     return rng.normal(size=(int(np.prod(image.grid_thw)), 1176)).astype(np.float32)
 
 
-def encoded_prompt(config: ModelConfig, name: int, length: int, grids=()) -> EncodedPrompt:
+def encoded_prompt(config: Architecture, name: int, length: int, grids=()) -> EncodedPrompt:
     """`length` text tokens with the images after the first of them."""
     rng = np.random.default_rng(100 + name)
     tokens = list(rng.integers(0, 90, size=length))
@@ -94,7 +94,7 @@ def encoded_prompt(config: ModelConfig, name: int, length: int, grids=()) -> Enc
     return EncodedPrompt(prompt, tokens, positions, images, np.asarray(slots, np.int32), following)
 
 
-def random_rollouts(config: ModelConfig, seed: int = 0) -> list[Rollout]:
+def random_rollouts(config: Architecture, seed: int = 0) -> list[Rollout]:
     """Groups of different sizes: text alone, one image, two images of odd sizes; completions of 1 to 9 tokens."""
     rng = np.random.default_rng(seed)
     if config.vision is None:
@@ -119,7 +119,7 @@ def random_rollouts(config: ModelConfig, seed: int = 0) -> list[Rollout]:
     return rollouts
 
 
-def oracle_inputs(config: ModelConfig, rollouts: list[Rollout], length: int = 64) -> dict:
+def oracle_inputs(config: Architecture, rollouts: list[Rollout], length: int = 64) -> dict:
     """Every completion in a row of its own, `[completions, length]`, behind its own copy of the prompt."""
     pairs = [(r.encoded, c) for r in rollouts for c in r.completions]
     shape = (len(pairs), length)
@@ -173,7 +173,7 @@ def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.
 
 
 @functools.cache
-def _oracle(config: ModelConfig, temperature: float, importance: str):
+def _oracle(config: Architecture, temperature: float, importance: str):
     net = network(config)
 
     def loss(params, inputs, advantages):
@@ -207,7 +207,7 @@ def assert_gradients_close(ours, theirs, limit: float = 1e-5) -> None:
         assert np.abs(a - b).max() <= limit * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
 
 
-def pack_by_hand(rollouts: list[Rollout], config: ModelConfig, *, rows: int, length: int = 64, slots: int = 32):
+def pack_by_hand(rollouts: list[Rollout], config: Architecture, *, rows: int, length: int = 64, slots: int = 32):
     """A group a row, `rows` groups a micro-batch: small enough to be checked by reading."""
     count = -(-len(rollouts) // rows)
     shape, out = (count, rows, length), (count, rows, slots)

@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from weights_bridge.config_json import parse_architecture
+from weights_bridge.entries import Entry
 from weights_bridge.stream import TensorStream
 from weights_bridge.tensor_table import layout
 
@@ -27,6 +29,7 @@ _VISION = {
     "qwen2_vl": dict(depth=2, embed_dim=16, hidden_size=24, mlp_ratio=2, num_heads=2),
     "qwen2_5_vl": dict(depth=3, hidden_size=16, intermediate_size=20, out_hidden_size=24, num_heads=2),
 }
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _NEW_NAMES = (("visual.", "model.visual."), ("model.", "model.language_model."))
 
 
@@ -35,13 +38,20 @@ def config_of(kind: str, tied: bool, **text: int) -> dict:
     config = {"model_type": kind, **_TEXT, **text, "tie_word_embeddings": tied, "torch_dtype": "float32"}
     if kind in _VISION:
         config["vision_config"] = dict(_VISION[kind])
+        config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 1]}
+        config |= {name: 50 + number for number, name in enumerate(_TOKEN_IDS)}
     return config
+
+
+def table(config: dict) -> tuple[Entry, ...]:
+    """The bridge's table of the model."""
+    return layout(parse_architecture(config))
 
 
 def random_tensors(config: dict, dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
     """A checkpoint's tensors by canonical name."""
     rng = np.random.default_rng(seed)
-    return {e.hf_name: rng.standard_normal(e.shape, np.float32).astype(dtype) for e in layout(config)}
+    return {e.hf_name: rng.standard_normal(e.shape, np.float32).astype(dtype) for e in table(config)}
 
 
 def write_checkpoint(folder: Path, config: dict, tensors: dict[str, np.ndarray], shards: int = 1) -> Path:

@@ -11,18 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from weights_bridge.entries import EMBEDDING_NAME, HEAD_NAME, Axes, Entry, LeafPath
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import aligned_empty, copy_blocks
 from weights_bridge.safetensors_file import StoredTensor, read_header
 from weights_bridge.tensor_table import (
-    EMBEDDING_NAME,
-    HEAD_NAME,
     SCORE_NAME,
-    Axes,
-    Entry,
     Head,
     Leaf,
-    LeafPath,
     canonical_name,
     is_ignored,
     leaves,

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from weights_bridge.entries import EMBEDDING_NAME, HEAD_NAME, Entry, Transform
 from weights_bridge.errors import CheckpointError
 from weights_bridge.host_memory import copy_blocks
-from weights_bridge.tensor_table import EMBEDDING_NAME, HEAD_NAME, Entry, Transform, canonical_name, lookup
+from weights_bridge.tensor_table import canonical_name, lookup
 
 
 @dataclasses.dataclass(frozen=True)

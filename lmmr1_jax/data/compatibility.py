@@ -9,18 +9,20 @@ from pathlib import Path
 from lmmr1_jax.data.images import ImageFormat
 from lmmr1_jax.data.model_folder import read_image_format, read_tokenizer
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.runtime.errors import UserError
+from weights_bridge.architecture import Architecture
+from weights_bridge.config_json import read_architecture
 
 
 def check_fit(folder: str | Path, policy: Processor) -> ImageFormat | None:
     """How the reward model (or critic) in `folder` takes the policy's images; None where one of the two takes none.
 
     Raises:
+      CheckpointError: its `config.json` can't be read or asks for something unsupported.
       UserError: another tokenizer, too small a table, or images of other patches than the policy's.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_architecture(folder)
     vocabulary = read_tokenizer(folder).get_vocab()
     _check_vocabulary(folder, vocabulary, policy.tokenizer.get_vocab())
     size, last = config.text.vocab_size, max(vocabulary.values())
@@ -44,7 +46,7 @@ def _check_vocabulary(folder: Path, own: Mapping[str, int], policys: Mapping[str
     )
 
 
-def _check_images(folder: Path, config: ModelConfig, policy: ModelConfig) -> None:
+def _check_images(folder: Path, config: Architecture, policy: Architecture) -> None:
     if config.image_token_id != policy.image_token_id:
         raise UserError(
             f"{folder}: image_token_id is {config.image_token_id}, the policy's is {policy.image_token_id}"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lmmr1_jax.data.images import ImageFormat
-from lmmr1_jax.models.config import ModelConfig
+from lmmr1_jax.models.families import family_of
 from lmmr1_jax.runtime.errors import UserError
+from weights_bridge.architecture import Architecture
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,21 +53,16 @@ def read_chat_template(folder: Path, tokenizer: Any) -> str:
     return template
 
 
-def read_end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def read_end_ids(folder: Path, config: Architecture, tokenizer: Any) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json, else of config.json, else the tokenizer's."""
-    config = read_json(folder / "config.json")
-    for found in (
-        read_json(folder / "generation_config.json").get("eos_token_id"),
-        config.get("eos_token_id"),
-        (config.get("text_config") or {}).get("eos_token_id"),
-        tokenizer.eos_token_id,
-    ):
+    generation = read_json(folder / "generation_config.json")
+    for found in (generation.get("eos_token_id"), list(config.eos_token_ids), tokenizer.eos_token_id):
         if found is not None and found != []:
             return tuple(dict.fromkeys(int(i) for i in (found if isinstance(found, list) else [found])))
     raise UserError(f"{folder}: no end token: neither generation_config.json, config.json nor the tokenizer names one")
 
 
-def read_image_format(folder: Path, config: ModelConfig, min_pixels: int, max_pixels: int) -> ImageFormat:
+def read_image_format(folder: Path, config: Architecture, min_pixels: int, max_pixels: int) -> ImageFormat:
     """Normalisation from preprocessor_config.json (processor_config.json in newer folders), limits from the caller.
 
     Raises:
@@ -74,7 +70,7 @@ def read_image_format(folder: Path, config: ModelConfig, min_pixels: int, max_pi
     """
     raw = read_json(folder / "preprocessor_config.json")
     raw = raw or read_json(folder / "processor_config.json").get("image_processor") or {}
-    defaults, vision = ImageFormat(), config.vision
+    defaults, vision = ImageFormat(**family_of(config).image_format), config.vision
     form = ImageFormat(
         min_pixels=min_pixels,
         max_pixels=max_pixels,

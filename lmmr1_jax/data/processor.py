@@ -30,10 +30,11 @@ from lmmr1_jax.data.fetch import FetchPolicy
 from lmmr1_jax.data.images import load_image, patchify
 from lmmr1_jax.data.messages import Message, image_references, refuse_special_tokens
 from lmmr1_jax.data.model_folder import read_chat_template, read_end_ids, read_image_format, read_tokenizer
-from lmmr1_jax.models.config import ModelConfig, read_config
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import EncodedPrompt, Image, Prompt
+from weights_bridge.architecture import Architecture
+from weights_bridge.config_json import read_architecture
 
 BANNED_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -64,10 +65,11 @@ class Processor:
         """Reads the folder. An empty `image_root` means that images may be read from anywhere.
 
         Raises:
-          UserError: a file of the folder is missing or broken, or a limit makes no sense.
+          CheckpointError: `config.json` is missing or broken, or asks for something unsupported.
+          UserError: another file of the folder is, or a limit makes no sense.
         """
         folder = Path(model_folder)
-        self.config: ModelConfig = read_config(folder)
+        self.config: Architecture = read_architecture(folder)
         self.tokenizer = read_tokenizer(folder)
         self._template = read_chat_template(folder, self.tokenizer)
         self._lock = threading.Lock()  # fast tokenizers must not be changed and used at once
@@ -75,7 +77,7 @@ class Processor:
         self.max_images: int | None = None
         vocabulary = self.tokenizer.get_vocab()
         self.banned_ids = tuple(sorted(vocabulary[token] for token in BANNED_TOKENS if token in vocabulary))
-        self.end_ids = read_end_ids(folder, self.tokenizer)
+        self.end_ids = read_end_ids(folder, self.config, self.tokenizer)
         added = self.tokenizer.added_tokens_decoder.values()
         self.special_tokens = tuple(sorted({*BANNED_TOKENS, *(token.content for token in added if token.special)}))
         self._image_id = self.config.image_token_id

@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.models.attention.xla import ATTENDED, NORMALIZER
-from lmmr1_jax.models.config import TextConfig
 from lmmr1_jax.models.layers import Embedding, Linear, RMSNorm, Stack, inverse_frequencies, rotate
+from weights_bridge.architecture import TextConfig
 
 Rope = tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
 

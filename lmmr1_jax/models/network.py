@@ -4,7 +4,7 @@ Parameters are a plain nested dict of float32 arrays, layers stacked on axis 0; 
 is traced. Nothing here knows of meshes: `constrain` is called with activations and their logical axes, and the
 learner decides what that means.
 
-    network = build(read_config(folder), compute_dtype=jnp.bfloat16, remat="attention")
+    network = build(read_architecture(folder), compute_dtype=jnp.bfloat16, remat="attention")
     params = network.init(jax.random.key(0))
 
     @jax.jit
@@ -27,10 +27,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.models.attention.xla import attend
-from lmmr1_jax.models.config import ModelConfig
 from lmmr1_jax.models.decoder import SAVED, Decoder, DecoderLayer, Rope, rope_angles
-from lmmr1_jax.models.vision import VisionTower
+from lmmr1_jax.models.families import family_of
 from lmmr1_jax.types.batches import VisionBatch
+from weights_bridge.architecture import Architecture
 
 Params = dict[str, Any]
 Remat = Literal["none", "attention", "full"]
@@ -49,10 +49,10 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
 class Transformer(nnx.Module):
     """A language model with or without a vision tower. Make it with `Network.bind`."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, remat: Remat, constrain: Constrain):
+    def __init__(self, config: Architecture, *, dtype: jnp.dtype, remat: Remat, constrain: Constrain):
         self.language = Decoder(config.text, dtype=dtype)
         if config.vision is not None:
-            self.vision = VisionTower(config.vision, dtype=dtype)
+            self.vision = family_of(config).tower(config.vision, dtype=dtype)
         self.config = config
         self.dtype = dtype
         self.remat = remat
@@ -146,7 +146,7 @@ class Network:
       abstract_params: nested dict of `jax.ShapeDtypeStruct`, the shape of what `bind` takes.
     """
 
-    config: ModelConfig
+    config: Architecture
     compute_dtype: Any
     graphdef: Any
     abstract_params: Params
@@ -173,7 +173,7 @@ class Network:
 
 
 def build(
-    config: ModelConfig,
+    config: Architecture,
     compute_dtype: Any = jnp.float32,
     remat: Remat = "none",
     constrain: Constrain = unconstrained,
@@ -181,7 +181,7 @@ def build(
     """The network of a config.
 
     Args:
-      config: from `read_config`.
+      config: from `read_architecture`.
       compute_dtype: of matrix products and activations; parameters stay float32.
       remat: what the backward pass computes again: "none" nothing but attention's scores, "attention" all but the
         large products (norms, activations, scores), "full" whole layers.
@@ -199,7 +199,7 @@ def layer_params(params: Mapping[str, Any], index: int) -> Params:
 
 
 @functools.cache
-def _layer_graphdef(config: ModelConfig, dtype: jnp.dtype):
+def _layer_graphdef(config: Architecture, dtype: jnp.dtype):
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config.text, dtype=dtype)))[0]
 
 

@@ -1,4 +1,5 @@
-"""The vision towers of Qwen2-VL and Qwen2.5-VL over rows of fixed length (see vision_batch.py).
+"""The vision tower of Qwen2-VL and Qwen2.5-VL over rows of fixed length (see vision_batch.py); each family's file
+has its block.
 
 Window attention is attention over `[rows * windows, window_slots]`, a batched product of fixed shape; layers that
 look at the whole frame attend by segment within a row. Layers are stacked and scanned by the smallest period of
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.models.attention.xla import attend
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.layers import (
-    LayerNorm,
     Linear,
-    RMSNorm,
     Stack,
     activation,
     inverse_frequencies,
@@ -31,6 +30,7 @@ from lmmr1_jax.models.layers import (
     rotate,
 )
 from lmmr1_jax.types.batches import VisionBatch
+from weights_bridge.architecture import VisionConfig
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -51,20 +51,20 @@ class FusedProjection(nnx.Module):
 
 
 class VisionBlock(nnx.Module):
-    """Attention and MLP, each behind a norm and added to the stream."""
+    """Attention and MLP, each behind a norm and added to the stream. A family's block adds the norm and the MLP.
+
+    Attributes:
+      norm: the class of the norms; the tower's last one is of it too.
+    """
+
+    norm: type[nnx.Module]
 
     def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, stack: Stack = ()):
-        width, wide = config.hidden_size, config.intermediate_size
-        kwargs = dict(bias=True, dtype=dtype, stack=stack)
-        norm = RMSNorm if config.kind == "qwen2_5_vl" else LayerNorm
-        self.norm1, self.norm2 = norm(width, NORM_EPS, stack=stack), norm(width, NORM_EPS, stack=stack)
+        width = config.hidden_size
+        self.norm1, self.norm2 = self.norm(width, NORM_EPS, stack=stack), self.norm(width, NORM_EPS, stack=stack)
         self.qkv = FusedProjection(width, dtype=dtype, stack=stack)
-        self.proj = Linear(width, width, **kwargs)
-        if config.kind == "qwen2_5_vl":
-            self.gate, self.up = Linear(width, wide, **kwargs), Linear(width, wide, **kwargs)
-            self.down = Linear(wide, width, **kwargs)
-        else:
-            self.fc1, self.fc2 = Linear(width, wide, **kwargs), Linear(wide, width, **kwargs)
+        self.proj = Linear(width, width, bias=True, dtype=dtype, stack=stack)
+        self.add_mlp(width, config.intermediate_size, bias=True, dtype=dtype, stack=stack)
         self.config = config
 
     def __call__(
@@ -84,21 +84,22 @@ class VisionBlock(nnx.Module):
         segments = segment_ids.reshape(-1, window)
         attended = attend(q, k, v, query_segments=segments, key_segments=segments, causal=False)
         x = checkpoint_name(x + self.proj(attended.reshape(x.shape)), "middle")
-        return x + self._mlp(self.norm2(x))
+        return x + self.mlp(self.norm2(x))
 
-    def _mlp(self, x: Array) -> Array:
-        if self.config.kind == "qwen2_5_vl":
-            gate, up = checkpoint_name(self.gate(x), "gate"), checkpoint_name(self.up(x), "up")
-            return self.down(activation(self.config.hidden_act, gate) * up)
-        return self.fc2(activation(self.config.hidden_act, checkpoint_name(self.fc1(x), "gate")))
+    def add_mlp(self, width: int, wide: int, **linear: Any) -> None:
+        """Makes the family's layers from `width` to `wide` and back; `linear` is for every `Linear`."""
+        raise NotImplementedError
+
+    def mlp(self, x: Float[Array, "rows slots width"]) -> Float[Array, "rows slots width"]:
+        """The family's MLP; its wide products are named "gate" and "up" for `remat`."""
+        raise NotImplementedError
 
 
 class Merger(nnx.Module):
     """Four neighbouring patches become one token of the decoder's width."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, norm: type[nnx.Module], *, dtype: jnp.dtype):
         wide = config.hidden_size * config.merge_unit
-        norm = RMSNorm if config.kind == "qwen2_5_vl" else LayerNorm
         self.norm = norm(config.hidden_size, NORM_EPS)
         self.fc1 = Linear(wide, wide, bias=True, dtype=dtype)
         self.fc2 = Linear(wide, config.out_hidden_size, bias=True, dtype=dtype)
@@ -111,12 +112,12 @@ class Merger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patches to merged tokens."""
+    """Patches to merged tokens; `block` is the family's."""
 
-    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype):
+    def __init__(self, config: VisionConfig, *, dtype: jnp.dtype, block: type[VisionBlock]):
         self.patch = Linear(config.patch_values, config.hidden_size, bias=False, dtype=dtype)
-        self.blocks = VisionBlock(config, dtype=dtype, stack=(config.depth,))
-        self.merger = Merger(config, dtype=dtype)
+        self.blocks = block(config, dtype=dtype, stack=(config.depth,))
+        self.merger = Merger(config, block.norm, dtype=dtype)
         self.config = config
         self.dtype = dtype
 

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.types.batches import VisionBatch
+from weights_bridge.architecture import VisionConfig
 
 Grid = tuple[int, int, int]
 

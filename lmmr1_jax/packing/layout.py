@@ -14,10 +14,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.vision_batch import slots_needed
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Rollout
+from weights_bridge.architecture import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.packing.layout import MicroBatch, PackShapes, Piece, group_sizes, lay_out
 from lmmr1_jax.packing.shapes import grow, plan_shapes
 from lmmr1_jax.types.batches import PackedBatch, VisionBatch
 from lmmr1_jax.types.records import Image, Rollout
+from weights_bridge.architecture import VisionConfig
 
 __all__ = ["PackShapes", "gather", "grow", "pack", "plan_shapes", "scatter"]
 

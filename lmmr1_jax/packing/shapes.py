@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from lmmr1_jax.config.schema import LearnerConfig
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.packing.layout import GroupSize, PackShapes, first_fit, group_sizes, lay_out
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Rollout
+from weights_bridge.architecture import VisionConfig
 
 LONGEST_ROW = 4096
 """A row is planned longer than this only for a prompt with a completion that are."""

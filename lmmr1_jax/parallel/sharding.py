@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lmmr1_jax.config.schema import MeshConfig
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.batches import PackedBatch, VisionBatch
+from weights_bridge.architecture import Architecture
 
 _log = logging.getLogger(__name__)
 
@@ -146,8 +147,8 @@ def sharding_of(mesh: Mesh, rules: ShardingRules | None = None, units: Mapping[s
     return of_leaf
 
 
-def head_units(model: Any) -> dict[str, int]:
-    """The `units` of a `models.config.ModelConfig`: attention heads are never cut in two."""
+def head_units(model: Architecture) -> dict[str, int]:
+    """The `units` of a model: attention heads are never cut in two."""
     units = {"heads": model.text.num_heads, "kv_heads": model.text.num_kv_heads}
     return units | ({"vision_heads": model.vision.num_heads} if model.vision is not None else {})
 

@@ -12,12 +12,13 @@ from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.data.compatibility import check_fit
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.critic import SCORE, Critic, initial_head, own_critic, shared_critic
-from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.parallel.sharding import activation_constraint, head_units, sharding_of
 from lmmr1_jax.runtime.errors import UserError
+from weights_bridge.config_json import read_architecture
+from weights_bridge.errors import CheckpointError
 from weights_bridge.load import has_score, load
-from weights_bridge.tensor_table import logical_axes, read_layout
+from weights_bridge.tensor_table import layout, logical_axes
 
 
 def build_critic(config: TrainConfig, processor: Processor, policy: Network, source: Path, mesh: Mesh) -> Critic:
@@ -38,11 +39,11 @@ def build_critic(config: TrainConfig, processor: Processor, policy: Network, sou
     folder = _folder(config, source)
     if config.critic.path:
         _check_reads_the_same(folder, processor)
-    model = read_config(folder)
+    model = read_architecture(folder)
     # Tied, so that there is no head over the vocabulary.
     body = dataclasses.replace(model, text=dataclasses.replace(model.text, tie_word_embeddings=True))
     backbone = build(body, policy.compute_dtype, config.learner.remat, activation_constraint(mesh))
-    return own_critic(backbone, logical_axes(read_layout(folder, "score")))
+    return own_critic(backbone, logical_axes(layout(model, "score")))
 
 
 def load_critic(config: TrainConfig, critic: Critic, source: Path, mesh: Mesh) -> dict[str, Any]:
@@ -77,13 +78,16 @@ def _check_reads_the_same(folder: Path, processor: Processor) -> None:
     """Raises UserError unless the model can read the policy's tokens and patches as they are packed."""
     try:
         takes = check_fit(folder, processor)
-        own, policy = read_config(folder).vision, processor.config.vision
+        own, policy = read_architecture(folder).vision, processor.config.vision
         if policy is not None and own is None:
             raise UserError(f"{folder}: a model of text, which would not see the policy's images")
         if policy is not None and (own.window_size, own.in_channels) != (policy.window_size, policy.in_channels):
-            raise UserError(f"{folder}: its images have other windows than the policy's; it must be a {policy.kind}")
+            raise UserError(
+                f"{folder}: its images have other windows than the policy's; it must be a "
+                f"{processor.config.model_type}"
+            )
         if takes != (processor.format if policy is not None else None):
             raise UserError(f"{folder}: its preprocessor_config.json sizes or normalises images in another way")
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         raise UserError(f"critic.path: {error}") from None
 

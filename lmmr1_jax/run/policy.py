@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ class PolicyModel:
 
     def axes(self) -> dict[str, Any]:
         """Logical axes of every parameter."""
-        return logical_axes(layout(json.loads((self.source / "config.json").read_text(encoding="utf-8"))))
+        return logical_axes(layout(self.network.config))
 
 
 @contextlib.contextmanager

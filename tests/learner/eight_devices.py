@@ -14,10 +14,10 @@ from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig
 from lmmr1_jax.learner.checkpoint import Checkpoints
 from lmmr1_jax.learner.critic import initial_head, own_critic, shared_critic
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.models.config import parse_config
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
 from lmmr1_jax.runtime.compilation import CompilationCounter
+from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(
@@ -30,13 +30,13 @@ MESHES = {"one": (1, 1, 1), "data and tensor": (2, 1, 2), "fsdp": (1, 8, 1), "al
 def learner_on(sizes, backbone="own"):
     raw = cases.hf_config()
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    net = cases.network(parse_config(raw), constrain=activation_constraint(mesh))
+    net = cases.network(parse_architecture(raw), constrain=activation_constraint(mesh))
     config = TrainConfig(
         algorithm=AlgorithmConfig(name="ppo", importance="sequence"),
         critic=CriticConfig(backbone=backbone, learning_rate=0.01),
         learner=LearnerConfig(learning_rate=0.01, logprob_chunk=64),
     )
-    axes = logical_axes(layout(raw))
+    axes = logical_axes(layout(parse_architecture(raw)))
     critic = own_critic(net, axes) if backbone == "own" else shared_critic(net)
     return Learner(net, config, mesh, axes, 10, banned_ids=cases.BANNED, critic=critic)
 
@@ -52,7 +52,7 @@ def host(tree):
 
 
 def main():
-    config = parse_config(cases.hf_config())
+    config = parse_architecture(cases.hf_config())
     net = cases.network(config)
     params = host(cases.random_params(net))
     rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(config))

@@ -12,9 +12,9 @@ import pytest
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.learner.critic import SCORE, initial_head, own_critic, shared_critic
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.models.config import parse_config
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import make_mesh
+from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
 SHAPES = PackShapes(
@@ -30,7 +30,7 @@ RAW = cases.hf_config()
 def learner(backbone=None, *, minibatches=1, freezing=0, freeze_vision=False):
     """One for each set of options; its first moments are its gradients, for Adam forgets and nothing is clipped."""
     network = setting()[0]
-    axes = logical_axes(layout(RAW))
+    axes = logical_axes(layout(parse_architecture(RAW)))
     algorithm, critic, made = AlgorithmConfig(name="rloo", importance="none"), CriticConfig(), None
     if backbone is not None:
         algorithm = AlgorithmConfig(name="ppo", normalize_advantages="none", importance="none")
@@ -48,7 +48,7 @@ def learner(backbone=None, *, minibatches=1, freezing=0, freeze_vision=False):
 
 @functools.cache
 def setting():
-    network = cases.network(parse_config(RAW))
+    network = cases.network(parse_architecture(RAW))
     rollouts = cases.random_rollouts(network.config)
     rng = np.random.default_rng(7)
     lengths = [c.token_ids.size for r in rollouts for c in r.completions]
@@ -221,5 +221,6 @@ def test_a_critic_is_given_exactly_where_the_algorithm_has_one():
     network = setting()[0]
     for name, critic in (("ppo", None), ("rloo", shared_critic(network))):
         config = TrainConfig(algorithm=AlgorithmConfig(name=name))
+        axes = logical_axes(layout(network.config))
         with pytest.raises(ValueError, match=f"{name} has"):
-            Learner(network, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(RAW)), 10, critic=critic)
+            Learner(network, config, make_mesh(MeshConfig(1, 1, 1)), axes, 10, critic=critic)

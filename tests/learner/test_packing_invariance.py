@@ -9,9 +9,9 @@ import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.models.config import parse_config
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import make_mesh
+from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
 # Large enough for every way of packing: one shape, one compiled program.
@@ -24,13 +24,13 @@ SHAPES = PackShapes(
 @functools.cache
 def setting():
     raw = cases.hf_config()
-    net = cases.network(parse_config(raw))
+    net = cases.network(parse_architecture(raw))
     # Weights of whole completions: what a micro-batch must not cut.
     config = TrainConfig(
         algorithm=AlgorithmConfig(importance="sequence"), learner=LearnerConfig(logprob_chunk=32)
     )
     learner = Learner(
-        net, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(raw)), 10, banned_ids=cases.BANNED
+        net, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(net.config)), 10, banned_ids=cases.BANNED
     )
     params = cases.random_params(net)
     rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(net.config))
@@ -85,7 +85,7 @@ def shared_ratios():
     )
     config = TrainConfig(algorithm=algorithm, learner=LearnerConfig(logprob_chunk=32, epochs=2))
     learner = Learner(
-        first.network, config, first.mesh, logical_axes(layout(cases.hf_config())), 10, banned_ids=cases.BANNED
+        first.network, config, first.mesh, logical_axes(layout(first.network.config)), 10, banned_ids=cases.BANNED
     )
     dense = [gap.astype(np.float32) for gap in _gaps(learner, params, rollouts)]
     sampler = [c.log_probs for r in rollouts for c in r.completions]

@@ -11,9 +11,9 @@ import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, LearnerConfig, MeshConfig, ModelConfig, RolloutConfig, TrainConfig
 from lmmr1_jax.learner.learner import Learner
-from lmmr1_jax.models.config import parse_config
 from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.runtime.compilation import CompilationCounter
+from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
 TEMPERATURE = 0.7
@@ -29,15 +29,15 @@ def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, **o
         algorithm=algorithm or AlgorithmConfig(importance="none"),
         learner=LearnerConfig(**({"learning_rate": 0.01, "logprob_chunk": 16} | options)),
     )
-    network = cases.network(parse_config(raw), remat)
+    network = cases.network(parse_architecture(raw), remat)
     mesh = make_mesh(MeshConfig(1, 1, 1))
-    return Learner(network, config, mesh, logical_axes(layout(raw)), 10, banned_ids=cases.BANNED)
+    return Learner(network, config, mesh, logical_axes(layout(parse_architecture(raw))), 10, banned_ids=cases.BANNED)
 
 
 @functools.cache
 def setting(vision=False):
     raw = cases.hf_config(vision=vision, tied=vision)
-    config = parse_config(raw)
+    config = parse_architecture(raw)
     net = cases.network(config)
     params = cases.random_params(net)
     rollouts = cases.random_rollouts(config)

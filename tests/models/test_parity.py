@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 
 import oracle  # noqa: E402
 
-from lmmr1_jax.models.config import read_config  # noqa: E402
 from lmmr1_jax.models.network import build, layer_params  # noqa: E402
 from lmmr1_jax.models.positions import prompt_positions  # noqa: E402
 from lmmr1_jax.models.vision_batch import pack_images  # noqa: E402
+from weights_bridge.config_json import read_architecture  # noqa: E402
 
 SLOTS = 512
 VISION_ROWS = 2
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def network_and_params(folder, remat="none"):
-    network = build(read_config(folder), remat=remat)
+    network = build(read_architecture(folder), remat=remat)
     params = oracle.flax_params(oracle.load_model(folder))
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, network.abstract_params)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lmmr1_jax.models.config import ModelConfig, TextConfig, read_config
 from lmmr1_jax.models.positions import prompt_positions
+from weights_bridge.architecture import Architecture, TextConfig
+from weights_bridge.config_json import read_architecture
 
 
 def theirs(folder, token_ids, images, videos, seconds):
@@ -31,7 +32,7 @@ def test_positions_equal_transformers_for_images_and_videos(kind):
     import oracle
 
     folder = oracle.random_model(kind)
-    config = read_config(folder)
+    config = read_architecture(folder)
     rng = np.random.default_rng(0)
     for case in range(12):
         tokens, grids, images, videos = oracle.text_tokens(int(rng.integers(0, 5)), case), [], [], []
@@ -53,7 +54,7 @@ def test_positions_equal_transformers_for_images_and_videos(kind):
 
 def test_text_counts_equally_in_all_three_rows():
     text = TextConfig(16, 8, 8, 1, 1, 1, 8, 1e-6, 1e4, None, True)
-    positions, following = prompt_positions([3, 1, 4], [], ModelConfig("qwen2", text))
+    positions, following = prompt_positions([3, 1, 4], [], Architecture("qwen2", text))
     np.testing.assert_array_equal(positions, [[0, 1, 2]] * 3)
     assert following == 3
 
@@ -62,7 +63,7 @@ def test_grids_that_do_not_fit_the_tokens_are_refused():
     pytest.importorskip("torch")
     import oracle
 
-    config = read_config(oracle.random_model("qwen2_5_vl"))
+    config = read_architecture(oracle.random_model("qwen2_5_vl"))
     span = oracle.vision_span((1, 4, 6))
     for tokens, grids in (([1, 2], [(1, 4, 6)]), (span, []), (span, [(1, 4, 8)]), (span[:-2], [(1, 4, 6)])):
         with pytest.raises(ValueError):

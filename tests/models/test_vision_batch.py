@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.vision_batch import pack_images, slots_needed, unit_places
+from weights_bridge.architecture import VisionConfig
 
 
 def tower(window_size: int | None) -> VisionConfig:
-    kind = "qwen2_vl" if window_size is None else "qwen2_5_vl"
-    return VisionConfig(kind, 2, 16, 16, 2, 14, 2, 2, 3, window_size, (1,), 32, "silu", 2)
+    return VisionConfig(2, 16, 16, 2, 14, 2, 2, 3, window_size, (1,), 32, "silu", 2)
 
 
 def marked(grid, mark: float) -> tuple[np.ndarray, tuple[int, int, int]]:

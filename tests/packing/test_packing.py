@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from lmmr1_jax.config.schema import LearnerConfig
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes, scatter
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Image, Prompt, Rollout
+from weights_bridge.architecture import VisionConfig
 
 IMAGE = 999
 VISION = VisionConfig(
-    kind="qwen2_5_vl", depth=2, hidden_size=8, intermediate_size=8, num_heads=1, patch_size=14, temporal_patch_size=2,
+    depth=2, hidden_size=8, intermediate_size=8, num_heads=1, patch_size=14, temporal_patch_size=2,
     spatial_merge_size=2, in_channels=3, window_size=56, full_attention_blocks=(1,), out_hidden_size=8,
     hidden_act="silu", tokens_per_second=2,
 )  # fmt: skip

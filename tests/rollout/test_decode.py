@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmmr1_jax.models.config import ModelConfig, TextConfig
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.rollout.local.scoring import Scorer
 from lmmr1_jax.types.records import FINISH_LENGTH, FINISH_STOP, EncodedPrompt, Prompt
+from weights_bridge.architecture import Architecture, TextConfig
 
 TEXT = TextConfig(
     vocab_size=48,
@@ -35,7 +35,7 @@ BANNED, ENDS = (40, 41), (3, 7)
 
 @pytest.fixture(scope="module")
 def network():
-    return build(ModelConfig("qwen2", TEXT))
+    return build(Architecture("qwen2", TEXT))
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ POSITIONS = json.loads((TINY_MODEL / "config.json").read_text())["max_position_e
 def test_prompts_leave_a_completion_its_room_in_the_models_positions(caplog):
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm", max_new_tokens=4000))
     processor = Processor(TINY_MODEL, max_prompt_tokens=4096)
-    leave_room(processor, {"max_position_embeddings": POSITIONS}, 4000)
+    leave_room(processor, POSITIONS, 4000)
     assert processor.max_prompt_tokens == POSITIONS - 4000
     assert "prompts of more than 96 tokens are skipped" in caplog.text
     assert engine_settings(config, processor, on_gpu=False, backend="none").max_model_len == POSITIONS
@@ -39,13 +39,13 @@ def test_prompts_leave_a_completion_its_room_in_the_models_positions(caplog):
 
 def test_prompts_that_leave_room_are_not_touched(caplog):
     processor = Processor(TINY_MODEL, max_prompt_tokens=1024)
-    leave_room(processor, {"text_config": {"max_position_embeddings": POSITIONS}}, POSITIONS - 1024)
+    leave_room(processor, POSITIONS, POSITIONS - 1024)
     assert processor.max_prompt_tokens == 1024 and not caplog.text
 
 
 def test_completions_as_long_as_the_model_are_refused():
     with pytest.raises(UserError, match="max_new_tokens is 4096, but the model has only 4096 positions"):
-        leave_room(Processor(TINY_MODEL), {"max_position_embeddings": POSITIONS}, POSITIONS)
+        leave_room(Processor(TINY_MODEL), POSITIONS, POSITIONS)
 
 
 @pytest.mark.parametrize(

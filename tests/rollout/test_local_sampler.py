@@ -10,10 +10,10 @@ import oracle
 from image_prompts import SIZES, prompt, vision_arguments
 
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.rollout.local.scoring import Scorer
+from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
 
 NEW_TOKENS = 24
@@ -23,7 +23,7 @@ NEW_TOKENS = 24
 @pytest.mark.parametrize("kind", oracle.KINDS)
 def test_greedy_and_scores_equal_transformers(kind, tied):
     folder = oracle.random_model(kind, tied)
-    processor, network = Processor(folder), build(read_config(folder))
+    processor, network = Processor(folder), build(read_architecture(folder))
     params = load(folder)
     sampler = JaxSampler(
         network, banned_ids=processor.banned_ids, end_ids=processor.end_ids, patches_of=processor.patches
@@ -49,7 +49,7 @@ def test_greedy_and_scores_equal_transformers(kind, tied):
 
 def test_sampled_log_probs_with_images_equal_transformers():
     folder = oracle.random_model("qwen2_5_vl", True)
-    processor, network = Processor(folder), build(read_config(folder))
+    processor, network = Processor(folder), build(read_architecture(folder))
     sampler = JaxSampler(
         network, banned_ids=processor.banned_ids, end_ids=processor.end_ids, patches_of=processor.patches
     )
@@ -74,7 +74,7 @@ def test_a_second_batch_of_the_same_shapes_compiles_nothing():
     from lmmr1_jax.runtime.compilation import CompilationCounter
 
     folder = oracle.random_model("qwen2_5_vl", True)
-    processor, network = Processor(folder), build(read_config(folder))
+    processor, network = Processor(folder), build(read_architecture(folder))
     sampler = JaxSampler(
         network, banned_ids=processor.banned_ids, end_ids=processor.end_ids, patches_of=processor.patches
     )

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.rollout.local.prompt_batch import PromptShapes, batch_prompts, round_up
 from lmmr1_jax.types.records import EncodedPrompt, Image, Prompt
+from weights_bridge.architecture import VisionConfig
 
-VISION = VisionConfig("qwen2_5_vl", 2, 32, 48, 2, 14, 2, 2, 3, 112, (1,), 64, "silu", 2.0)
+VISION = VisionConfig(2, 32, 48, 2, 14, 2, 2, 3, 112, (1,), 64, "silu", 2.0)
 
 
 def encoded(length: int, grids=()) -> EncodedPrompt:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from lmmr1_jax.config.schema import MeshConfig
 from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
-from lmmr1_jax.models.config import ModelConfig, TextConfig
+from weights_bridge.architecture import Architecture, TextConfig
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.types.records import EncodedPrompt, Prompt
@@ -26,7 +26,7 @@ prompts = [prompt(length) for length in (5, 9, 30, 17, 2)]
 drawn = []
 for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), make_mesh(MeshConfig(fsdp=8))):
     constrain = {} if mesh is None else {"constrain": activation_constraint(mesh)}
-    network = build(ModelConfig("qwen2", text), **constrain)
+    network = build(Architecture("qwen2", text), **constrain)
     params = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, network.init(jax.random.key(0)))
     sampler = JaxSampler(network, banned_ids=(40,), end_ids=(3,), patches_of=None, mesh=mesh)
     if mesh is not None:

@@ -138,7 +138,7 @@ DEVICES_SCRIPT = """
     from safetensors.numpy import load_file
 
     from weights_bridge.export import export
-    from weights_bridge.tensor_table import layout, leaves, lookup
+    from weights_bridge.tensor_table import leaves, lookup
     from weights_bridge.load import load
     from weights_bridge.stream import TensorStream
 
@@ -161,7 +161,7 @@ DEVICES_SCRIPT = """
                 source = write_checkpoint(folder / "source", config, tensors)
                 params, whole = load(source, sharding), load(source)
                 split = 0
-                for path, leaf in leaves(layout(config)).items():
+                for path, leaf in leaves(table(config)).items():
                     array, reference = lookup(params, path), np.asarray(lookup(whole, path))
                     assert array.sharding == sharding(path, leaf.shape, leaf.axes)
                     split += array.addressable_shards[0].data.size < array.size
@@ -170,7 +170,7 @@ DEVICES_SCRIPT = """
                 assert split > 5, split
                 export(params, source, folder / "out")
                 assert same_bits(load_file(folder / "out" / "model.safetensors"), tensors), folder
-                stream = TensorStream(params, layout(config), dtype=dtype, bucket_bytes=1_000)
+                stream = TensorStream(params, table(config), dtype=dtype, bucket_bytes=1_000)
                 assert same_bits(joined(stream), tensors), folder
     print("ok")
 """

@@ -7,12 +7,11 @@ import types
 
 import jax
 import pytest
-from random_checkpoint import config_of, random_tensors, write_checkpoint
+from random_checkpoint import config_of, random_tensors, table, write_checkpoint
 
 from weights_bridge.errors import TransportError
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
-from weights_bridge.tensor_table import layout
 from weights_bridge.transports import nccl_library
 from weights_bridge.transports.nccl import NcclTransport, chunks, init_info, together, update_info
 from weights_bridge.vllm.cuda_builds import tolerate
@@ -26,7 +25,7 @@ LIMIT = 8_000
 def stream(tmp_path) -> TensorStream:
     config = config_of("qwen2_5_vl", True)
     params = load(write_checkpoint(tmp_path, config, random_tensors(config)))
-    return TensorStream(params, layout(config), dtype="bfloat16", for_engines=True)
+    return TensorStream(params, table(config), dtype="bfloat16", for_engines=True)
 
 
 def test_chunks_hold_the_tensor_that_goes_over_the_limit():

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
+from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, table, write_checkpoint
 
 from weights_bridge import stream as stream_module
+from weights_bridge.entries import Entry, Transform
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream, on_devices
-from weights_bridge.tensor_table import Entry, Transform, layout
 
 TESTS = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def test_a_stream_can_be_read_again_and_its_buckets_are_bounded(tmp_path):
     config = config_of("qwen2_vl", True)
     tensors = random_tensors(config)
     params = load(write_checkpoint(tmp_path, config, tensors))
-    stream = TensorStream(params, layout(config), bucket_bytes=8_000)
+    stream = TensorStream(params, table(config), bucket_bytes=8_000)
     assert len(stream) == len(tensors) and {spec.name for spec in stream.specs} == tensors.keys()
     for _ in range(2):
         assert same_bits(dict(stream), tensors)
@@ -56,7 +56,7 @@ def test_engines_get_every_tensor_and_always_a_head_cast_as_numpy_casts(tmp_path
     config = config_of(kind, tied)
     tensors = random_tensors(config)
     params = load(write_checkpoint(tmp_path, config, tensors))
-    stream = TensorStream(params, layout(config), dtype=dtype, bucket_bytes=1_000, for_engines=True)
+    stream = TensorStream(params, table(config), dtype=dtype, bucket_bytes=1_000, for_engines=True)
     assert same_bits(joined(stream), expected_by_engines(tensors, dtype))
     came = dict(stream)
     assert same_bits(came, expected_by_engines(tensors, dtype))
@@ -74,7 +74,7 @@ def test_tensors_made_on_the_device_have_the_bits_of_those_made_on_the_host(
     config = config_of(kind, tied)
     tensors = random_tensors(config)
     params = load(write_checkpoint(tmp_path, config, tensors))
-    stream = TensorStream(params, layout(config), dtype=dtype, bucket_bytes=1_000, for_engines=True)
+    stream = TensorStream(params, table(config), dtype=dtype, bucket_bytes=1_000, for_engines=True)
     assert same_bits(joined(stream), expected_by_engines(tensors, dtype))
     assert same_bits(dict(stream), expected_by_engines(tensors, dtype))
     on_device = {name: np.asarray(tensor) for name, tensor in stream.on_device()}
@@ -96,7 +96,7 @@ def test_all_layers_and_all_syncs_share_a_program_per_shape(tmp_path, as_acceler
     params = load(write_checkpoint(tmp_path, config, random_tensors(config)))
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for _ in range(2):
-            for bucket in TensorStream(params, layout(config), dtype=bfloat16, for_engines=True).buckets():
+            for bucket in TensorStream(params, table(config), dtype=bfloat16, for_engines=True).buckets():
                 del bucket
     compiled = [record for record in caplog.records if record.message.startswith("Compiling jit(tensor)")]
     # The embedding and its norm; two norms alike, two biases and three kernels of attention, three of the MLP.
@@ -106,7 +106,7 @@ def test_all_layers_and_all_syncs_share_a_program_per_shape(tmp_path, as_acceler
 def test_the_stream_holds_one_bucket_of_device_memory_beyond_the_consumers(tmp_path, as_accelerator):
     config = config_of("qwen2_5_vl", False)
     params = load(write_checkpoint(tmp_path, config, random_tensors(config)))
-    stream = TensorStream(params, layout(config), dtype=bfloat16, bucket_bytes=8_000, for_engines=True)
+    stream = TensorStream(params, table(config), dtype=bfloat16, bucket_bytes=8_000, for_engines=True)
     largest = max(spec.nbytes for spec in stream.specs)
     assert largest > 8_000
     own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
@@ -126,7 +126,7 @@ def test_the_stream_holds_one_bucket_of_device_memory_beyond_the_consumers(tmp_p
 def test_the_stream_holds_one_bucket_of_host_memory_and_none_twice(tmp_path):
     config = config_of("qwen2", False, hidden_size=128, intermediate_size=512, vocab_size=512)
     params = load(write_checkpoint(tmp_path, config, random_tensors(config)))
-    stream = TensorStream(params, layout(config), dtype=bfloat16, bucket_bytes=300_000, for_engines=True)
+    stream = TensorStream(params, table(config), dtype=bfloat16, bucket_bytes=300_000, for_engines=True)
     total = sum(spec.nbytes for spec in stream.specs)
     assert total > 3 * 300_000
     tracemalloc.start()

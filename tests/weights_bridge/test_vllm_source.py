@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from random_checkpoint import CASES, config_of, random_tensors, write_checkpoint
+from random_checkpoint import CASES, config_of, random_tensors, table, write_checkpoint
 
 from weights_bridge.vllm.cuda_builds import tolerate
 
@@ -15,7 +15,6 @@ from vllm.distributed.weight_transfer.base import WeightSource  # noqa: E402
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerWeightTransferEngine  # noqa: E402
 
 from weights_bridge.load import load  # noqa: E402
-from weights_bridge.tensor_table import layout  # noqa: E402
 from weights_bridge.vllm.source import JaxWeightSource  # noqa: E402
 
 
@@ -26,7 +25,7 @@ def test_what_the_source_announces_is_what_it_yields_group_by_group(tmp_path, ki
     tensors = random_tensors(config)
     params = load(write_checkpoint(tmp_path, config, tensors))
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    source = JaxWeightSource(lambda: params, layout(config), dtype=dtype)
+    source = JaxWeightSource(lambda: params, table(config), dtype=dtype)
     assert isinstance(source, WeightSource)
     metadata = {meta.name: meta for meta in source.metadata()}
     assert metadata.keys() == tensors.keys()
@@ -43,7 +42,7 @@ def test_each_pass_is_accepted_by_vllms_trainer_and_yields_the_parameters_of_the
     config = config_of("qwen2_5_vl", True)
     params = load(write_checkpoint(tmp_path, config, random_tensors(config)))
     today = {"params": params}
-    source = JaxWeightSource(lambda: today["params"], layout(config))
+    source = JaxWeightSource(lambda: today["params"], table(config))
     checked = NCCLTrainerWeightTransferEngine._checked_iter
     first = {name: tensor.clone() for name, tensor in checked(source, source.metadata())}
     today["params"] = jax.tree.map(lambda leaf: leaf + 1, params)

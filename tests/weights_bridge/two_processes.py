@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from random_checkpoint import bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
+from random_checkpoint import bfloat16, config_of, joined, random_tensors, same_bits, table, write_checkpoint
 
 from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
-from weights_bridge.tensor_table import layout, leaves, lookup
+from weights_bridge.tensor_table import leaves, lookup
 
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor", "vision_heads": "tensor",
          "vision_mlp": "tensor", "patch": "fsdp"}
@@ -39,7 +39,7 @@ def main(rank: int, port: str, folder: Path) -> None:
             tensors["model.norm.weight"][:] = -0.0
             tensors["model.layers.1.input_layernorm.weight"][:] = -0.0
             source = write_checkpoint(folder / f"{rank}-{kind}-{tied}", config, tensors)
-            params, entries = load(source, sharding), layout(config)
+            params, entries = load(source, sharding), table(config)
             spread = [leaf for leaf in leaves(entries).values() if not lookup(params, leaf.path).is_fully_addressable]
             assert len(spread) > 5
             for for_engines, dtype in ((True, bfloat16), (True, np.float32), (False, bfloat16), (False, None)):

@@ -16,8 +16,8 @@ import jax
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource, layerwise_groups
 
+from weights_bridge.entries import Entry
 from weights_bridge.stream import TensorStream
-from weights_bridge.tensor_table import Entry
 from weights_bridge.torch_view import as_tensor
 
 

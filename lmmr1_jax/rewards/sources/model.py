@@ -93,6 +93,9 @@ def open_model(
     """
     try:
         image_format = check_fit(spec.folder, policy)
+    except (UserError, CheckpointError) as error:
+        raise UserError(f"rewards.models: {error}") from None
+    try:
         model = RewardModel(
             spec.folder,
             mesh,
@@ -101,8 +104,6 @@ def open_model(
             learner=learner,
             max_new_tokens=max_new_tokens,
         )
-    except UserError as error:
-        raise UserError(f"rewards.models: {error}") from None
     except CheckpointError as error:
         raise UserError(
             f"rewards.models: {error}; a reward model is its base model's checkpoint and score.weight [1, hidden]"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.config.schema import LearnerConfig
 from lmmr1_jax.data.images import ImageFormat, patchify
-from lmmr1_jax.models.config import read_config
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.packed_forward import hidden_states, micro_batch
 from lmmr1_jax.models.positions import prompt_positions
@@ -35,8 +34,8 @@ from lmmr1_jax.packing.shapes import grow, plan_shapes, tokens_per_device
 from lmmr1_jax.parallel.sharding import activation_constraint, head_units, put_batch, row_shards, sharding_of
 from lmmr1_jax.types.batches import PackedBatch
 from lmmr1_jax.types.records import Image, Rollout
+from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
-from weights_bridge.tensor_table import read_model_config
 
 
 class RewardModel:
@@ -70,14 +69,14 @@ class RewardModel:
           max_new_tokens: no completion is longer.
 
         Raises:
-          UserError: the config can't be read or asks for something unsupported.
-          CheckpointError: the weights are not whole, or not a reward model's.
+          CheckpointError: the config can't be read or asks for something unsupported, or the weights are not whole or
+            not a reward model's.
         """
-        self.config = read_config(folder)
+        self.config = read_architecture(folder)
         self.shapes: PackShapes | None = None
         self._mesh, self._format, self._max_new_tokens = mesh, image_format, max_new_tokens
         self._learner = dataclasses.replace(learner, row_length=0, rows=0, image_rows=0)
-        self._pad = pad_id(read_model_config(folder))
+        self._pad = self.config.pad_token_id
         # Tied, so that there is no head over the vocabulary.
         body = dataclasses.replace(self.config, text=dataclasses.replace(self.config.text, tie_word_embeddings=True))
         network = build(body, compute_dtype, constrain=activation_constraint(mesh))
@@ -151,13 +150,6 @@ class RewardModel:
 
     def _patches(self, image: Image) -> np.ndarray:
         return patchify(image.pixels, self._format)
-
-
-def pad_id(config: Mapping[str, Any]) -> int | None:
-    """The token that a model's `config.json` calls padding, as transformers reads it; None where it names none."""
-    text = config.get("text_config") or {}
-    found = text.get("pad_token_id")
-    return config.get("pad_token_id") if found is None else found
 
 
 def _scores(network: Network, mesh: Mesh, params: dict[str, Any], batch: PackedBatch) -> Float[Array, "rows slots"]:

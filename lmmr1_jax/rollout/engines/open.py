@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from lmmr1_jax.rollout.engines.protocol import EngineSettings
 from lmmr1_jax.rollout.engines.ray_cluster import reserved
 from lmmr1_jax.rollout.engines.sampler import VllmSampler
 from lmmr1_jax.runtime.errors import UserError
+from weights_bridge.architecture import Architecture
 from weights_bridge.errors import TransportError
 from weights_bridge.stream import TensorStream
 from weights_bridge.tensor_table import layout
@@ -72,8 +72,7 @@ def open_sampler(
         bundle[config.vllm.resource] = 0.001
     transport = choose_transport(config.vllm, check, on_gpu=on_gpu)
     _log.info("weights travel by %s", transport.name)
-    raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    leave_room(processor, raw_config, _longest_completion(config))
+    leave_room(processor, network.config.text.max_position_embeddings, _longest_completion(config))
     processor.max_images = config.vllm.max_images
     settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
@@ -87,7 +86,7 @@ def open_sampler(
         options = places.options(place) | {"max_concurrency": 10_000, "max_restarts": 0}
         return actor.options(**options).remote(dataclasses.replace(settings, seed=seed), files)
 
-    entries = layout(raw_config)
+    entries = layout(network.config)
 
     def stream(params: Mapping[str, Any]) -> TensorStream:
         dtype = np.dtype(settings.dtype)  # jax registers bfloat16 with NumPy
@@ -101,7 +100,7 @@ def open_sampler(
         request_timeout=config.vllm.request_timeout,
         restarts=config.vllm.restarts,
     )
-    introduction = init_info(raw_config, stream(network.abstract_params))
+    introduction = init_info(network.config, stream(network.abstract_params))
     room = dict(label=config.vllm.label, timeout=config.ray.timeout, check=check)
     with reserved(bundle, config.vllm.num_engines, **room) as places:
         with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
@@ -113,14 +112,12 @@ def _longest_completion(config: TrainConfig) -> int:
     return max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
 
 
-def leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: int) -> None:
-    """Lowers the processor's limit to the prompts that vLLM would take.
+def leave_room(processor: Processor, positions: int | None, new_tokens: int) -> None:
+    """Lowers the processor's limit to the prompts that vLLM would take of a model with so many positions.
 
     Raises:
       UserError: it would take none.
     """
-    text = raw_config.get("text_config") or raw_config
-    positions = text.get("max_position_embeddings", raw_config.get("max_position_embeddings"))
     if positions is None or processor.max_prompt_tokens + new_tokens <= positions:
         return
     if positions <= new_tokens:
@@ -187,16 +184,21 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
     )
 
 
-def init_info(config: Mapping[str, Any], stream: TensorStream) -> dict[str, Any]:
+def init_info(config: Architecture, stream: TensorStream) -> dict[str, Any]:
     """The learner's model, for the receiving end to compare its own with.
 
     Args:
-      config: the contents of config.json.
+      config: the learner's, from its config.json.
       stream: what each update will send.
     """
-    text = config.get("text_config") or config
-    names = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
-    model = {name: text.get(name, config.get(name)) for name in names} | {"model_type": config["model_type"]}
+    text = config.text
+    model = {
+        "model_type": config.model_type,
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_layers,
+        "tie_word_embeddings": text.tie_word_embeddings,
+    }
     return {"model": model, "tensors": {spec.name: [spec.dtype.name, list(spec.shape)] for spec in stream.specs}}
 
 

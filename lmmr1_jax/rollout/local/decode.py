@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lmmr1_jax.models.config import TextConfig
 from lmmr1_jax.rollout.local.draw import draw_tokens, most_probable_tokens
+from weights_bridge.architecture import TextConfig
 
 LayerWeights = dict[str, Array]
 

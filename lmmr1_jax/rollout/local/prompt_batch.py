@@ -13,10 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lmmr1_jax.models.config import VisionConfig
 from lmmr1_jax.models.vision_batch import pack_images, slots_needed
 from lmmr1_jax.types.batches import VisionBatch
 from lmmr1_jax.types.records import EncodedPrompt, Image
+from weights_bridge.architecture import VisionConfig
 
 SHORTEST_ROW = 64
 
