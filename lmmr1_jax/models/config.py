@@ -149,6 +149,12 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     )
 
 
+def num_heads_by_axis(config: ModelConfig) -> dict[str, int]:
+    """The number of attention heads that a logical axis of the parameters holds; heads are never cut in two."""
+    heads = {"heads": config.text.num_heads, "kv_heads": config.text.num_kv_heads}
+    return heads | ({"vision_heads": config.vision.num_heads} if config.vision is not None else {})
+
+
 def _text(raw: dict[str, Any], fields: dict[str, Any], *, multimodal: bool) -> TextConfig:
     if fields.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {fields['hidden_act']!r} of the decoder is not supported; supported is silu")
