@@ -31,11 +31,12 @@ def adamw(
       weight_decay: decoupled from the gradient; 0 decays nothing.
       max_grad_norm: gradients are scaled down to this global norm.
     """
-    return optax.chain(
-        clip_by_global_norm(max_grad_norm),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        optax.add_decayed_weights(weight_decay, mask=_is_decayed),
-        scale_by_schedule_of_step(schedule),
+    # Named, so that a checkpoint holds "opt_state/adam" wherever in the chain that stands.
+    return optax.named_chain(
+        ("clip", clip_by_global_norm(max_grad_norm)),
+        ("adam", optax.scale_by_adam(b1=b1, b2=b2, eps=eps)),
+        ("weight_decay", optax.add_decayed_weights(weight_decay, mask=_is_decayed)),
+        ("learning_rate", scale_by_schedule_of_step(schedule)),
     )
 
 
