@@ -41,11 +41,11 @@ import optax
 from lmmr1_jax.algorithms.registry import updates_per_rollout
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, RewardsConfig, TrainConfig
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.models.network import INIT_SCALE, Network, Params, build
 from lmmr1_jax.models.vision_batch import pack_images
 from lmmr1_jax.packing.pack import grow, pack, plan_shapes
 from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.run.learner_setup import assemble_learner
 from lmmr1_jax.tasks.shapes import (
     ADD_QUESTIONS,
     COLOURS,
@@ -318,7 +318,8 @@ def warm_up(
     """
     config = TrainConfig(learner=LearnerConfig(remat="none"))
     assert updates_per_rollout(config) == 1  # the ratio is then 1, and the loss's gradient that of the likelihood
-    learner = Learner(network, config, make_mesh(MeshConfig()), axes, steps, banned_ids=processor.banned_ids)
+    mesh = make_mesh(MeshConfig())
+    learner = assemble_learner(config, network, axes, mesh, steps, banned_ids=processor.banned_ids)
     schedule = optax.warmup_cosine_decay_schedule(rate / 100, rate, steps // 10, steps, rate / 30)
     labels = jax.tree_util.tree_map_with_path(
         lambda path, _: "vision" if path[0].key == "vision" else "words" if path[1].key == "embed" else "rest", params

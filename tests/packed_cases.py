@@ -12,7 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from lmmr1_jax.learner.state import POLICY, TrainState
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.models.vision_batch import pack_images
@@ -267,3 +269,8 @@ def _images_by_hand(rollouts, config, image_slots, rows):
                 image_slots[start // rows, row, rollout.encoded.image_slots] = np.concatenate(mine)
         batches.append(vision)
     return jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
+
+
+def first_moments(state: TrainState, name: str = POLICY):
+    """Adam's first moments of a trainable; without memory (`adam_b1` 0) and clipping they are its gradients."""
+    return optax.tree_utils.tree_get(state.trained[name].opt_state, "mu")

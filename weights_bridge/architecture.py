@@ -100,3 +100,9 @@ class Architecture:
     vision_end_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+
+
+def num_heads_by_axis(model: Architecture) -> dict[str, int]:
+    """The number of attention heads that a logical axis of the parameters holds; heads are never cut in two."""
+    heads = {"heads": model.text.num_heads, "kv_heads": model.text.num_kv_heads}
+    return heads | ({"vision_heads": model.vision.num_heads} if model.vision is not None else {})

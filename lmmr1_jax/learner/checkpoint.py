@@ -1,9 +1,8 @@
 """Checkpoints with Orbax: written in the background, whole or not there, restored onto whatever devices there are.
 
-On disk, `<run>/checkpoints/<STEP>/`: `state/` is the train state as a nested dict with string keys ("params",
-"opt_state", "step", "skipped_updates", and "critic" where there is one) and `extras/` is JSON, what the host has to
-remember. Orbax writes into a folder of another name and renames it when all is there, so a run that is killed leaves
-the last whole checkpoint.
+On disk, `<run>/checkpoints/<STEP>/`: `state/` is the train state as a nested dict with string keys (`as_dict`), and
+`extras/` is JSON, what the host has to remember. Orbax writes into a folder of another name and renames it when all is
+there, so a run that is killed leaves the last whole checkpoint.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def restore(folder: str | Path, abstract: TrainState) -> tuple[TrainState, dict[
                 state=ocp.args.PyTreeRestore(item=tree, restore_args=arguments), extras=ocp.args.JsonRestore()
             ),
         )
-    return from_dict(items.state), items.extras["extras"]
+    return from_dict(items.state, abstract), items.extras["extras"]
 
 
 def _check_shapes(folder: Path, tree: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ and from these to policy log-probs."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lmmr1_jax.models.log_probs import token_log_probs
+from lmmr1_jax.models.network import Network, Params, Transformer
 from lmmr1_jax.parallel.sharding import constrain_rows
 from lmmr1_jax.types.batches import PackedBatch, VisionBatch
 
@@ -41,14 +41,14 @@ def micro_batch(batch: PackedBatch, index: Int[Array, ""]) -> PackedBatch:
     return PackedBatch(**chosen, **totals)
 
 
-def hidden_states(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
-    """Final hidden states of a micro-batch's rows, images in their places; `model` is a bound `Transformer`."""
+def hidden_states(model: Transformer, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows length width"]:
+    """Final hidden states of a micro-batch's rows, images in their places."""
     features = None if micro.vision is None else _image_features(model, micro.vision, mesh)
     embedded = constrain_rows(model.embed(micro.tokens, micro.image_slots, features), mesh)
     return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
 
 
-def response_hidden(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows slots width"]:
+def response_hidden(model: Transformer, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows slots width"]:
     """The hidden state in which each completion token is chosen; padding slots hold numbers without meaning.
 
     Each response slot takes its hidden state from the row, so that what follows, a head's product or a value's, runs
@@ -59,7 +59,11 @@ def response_hidden(model: Any, micro: PackedBatch, mesh: Mesh) -> Float[Array, 
 
 
 def log_probs_of(
-    model: Any, hidden: Float[Array, "rows slots embed"], micro: PackedBatch, policy: SamplingDistribution, mesh: Mesh
+    model: Transformer,
+    hidden: Float[Array, "rows slots embed"],
+    micro: PackedBatch,
+    policy: SamplingDistribution,
+    mesh: Mesh,
 ) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
     """Policy log-probs of the tokens that were chosen in these states, and the entropy of what they were drawn from."""
     head = model.head_embedding()
@@ -73,12 +77,12 @@ def log_probs_of(
 
 
 def response_log_probs(
-    network: Any, params: dict[str, Any], micro: PackedBatch, policy: SamplingDistribution, mesh: Mesh
+    network: Network, params: Params, micro: PackedBatch, policy: SamplingDistribution, mesh: Mesh
 ) -> tuple[Float[Array, "rows slots"], Float[Array, "rows slots"]]:
     """Policy log-probs of a micro-batch's completion tokens, and the entropy of what they were drawn from.
 
     Args:
-      network: a `models.network.Network`.
+      network: the policy's.
       params: its parameters, as they are (no copy is made).
       micro: one micro-batch, see `micro_batch`.
       policy: the distribution.
@@ -88,7 +92,7 @@ def response_log_probs(
     return log_probs_of(model, response_hidden(model, micro, mesh), micro, policy, mesh)
 
 
-def _image_features(model: Any, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:
+def _image_features(model: Transformer, vision: VisionBatch, mesh: Mesh) -> Float[Array, "rows merged width"]:
     # A micro-batch of text in a run with images has vision rows too, empty ones: the tower is not run for them.
     def encode(vision: VisionBatch):
         return constrain_rows(model.encode_images(vision), mesh)

@@ -21,7 +21,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lmmr1_jax.config.schema import MeshConfig
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.batches import PackedBatch, VisionBatch
-from weights_bridge.architecture import Architecture
 
 _log = logging.getLogger(__name__)
 
@@ -80,17 +79,17 @@ def spec_of(
     axes: LogicalAxes,
     mesh: Mesh,
     rules: ShardingRules | None = None,
-    units: Mapping[str, int] | None = None,
+    num_heads: Mapping[str, int] | None = None,
 ) -> tuple[PartitionSpec, list[str]]:
     """The partition of one parameter, and what could not be split as the rules say.
 
-    An axis stays whole when its length, or what stands in `units` for it, is no multiple of the mesh axis.
+    An axis stays whole when its length, or its number of heads, is no multiple of the mesh axis.
 
     Args:
       shape: the parameter's shape.
       axes: its logical axes, one per dimension.
-      units: how many things an axis really holds where that is not its length, e.g. {"kv_heads": 2}: half a head on
-        a device would be legal and slow.
+      num_heads: the number of heads that a logical axis holds, from `models.config.num_heads_by_axis`. The axis itself
+        is longer, heads times their width; half a head on a device would compute the right thing slowly.
     """
     rules = rules or ShardingRules()
     spec: list[str | None] = []
@@ -101,7 +100,7 @@ def spec_of(
             spec.append(None)
             continue
         size = mesh.shape[mesh_axis]
-        count = (units or {}).get(axis, length)
+        count = (num_heads or {}).get(axis, length)
         if count % size or length % size:
             refused.append(f"{axis} ({count}) over {mesh_axis}={size}")
             spec.append(None)
@@ -115,7 +114,7 @@ def parameter_shardings(
     axes: Any,
     mesh: Mesh,
     rules: ShardingRules | None = None,
-    units: Mapping[str, int] | None = None,
+    num_heads: Mapping[str, int] | None = None,
 ) -> Any:
     """A NamedSharding for every leaf of a parameter tree; logs, once, the axes that had to stay whole.
 
@@ -123,12 +122,12 @@ def parameter_shardings(
       shapes: the tree, of arrays or `jax.ShapeDtypeStruct`s.
       axes: the same nested dict with a tuple of logical names at every leaf, from
         `weights_bridge.tensor_table.logical_axes`.
-      mesh, rules, units: as in `spec_of`.
+      mesh, rules, num_heads: as in `spec_of`.
     """
     kept_whole: set[str] = set()
 
     def shard(leaf, names):
-        spec, refused = spec_of(leaf.shape, names, mesh, rules, units)
+        spec, refused = spec_of(leaf.shape, names, mesh, rules, num_heads)
         kept_whole.update(refused)
         return NamedSharding(mesh, spec)
 
@@ -138,19 +137,13 @@ def parameter_shardings(
     return result
 
 
-def sharding_of(mesh: Mesh, rules: ShardingRules | None = None, units: Mapping[str, int] | None = None):
+def sharding_of(mesh: Mesh, rules: ShardingRules | None = None, num_heads: Mapping[str, int] | None = None):
     """What `weights_bridge.load` asks for every leaf: a function (path, shape, axes) -> NamedSharding."""
 
     def of_leaf(path: tuple[str, ...], shape: Sequence[int], axes: LogicalAxes) -> NamedSharding:
-        return NamedSharding(mesh, spec_of(shape, axes, mesh, rules, units)[0])
+        return NamedSharding(mesh, spec_of(shape, axes, mesh, rules, num_heads)[0])
 
     return of_leaf
-
-
-def head_units(model: Architecture) -> dict[str, int]:
-    """The `units` of a model: attention heads are never cut in two."""
-    units = {"heads": model.text.num_heads, "kv_heads": model.text.num_kv_heads}
-    return units | ({"vision_heads": model.vision.num_heads} if model.vision is not None else {})
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
 from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.data.compatibility import check_fit
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.learner.critic import SCORE, Critic, initial_head, own_critic, shared_critic
-from lmmr1_jax.models.network import Network, build
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, sharding_of
+from lmmr1_jax.learner.objectives.value import Critic, initial_head, own_critic, shared_critic
+from lmmr1_jax.models.network import Network, Params, build
+from lmmr1_jax.parallel.sharding import activation_constraint, sharding_of
 from lmmr1_jax.runtime.errors import UserError
+from weights_bridge.architecture import num_heads_by_axis
 from weights_bridge.config_json import read_architecture
 from weights_bridge.errors import CheckpointError
 from weights_bridge.load import has_score, load
@@ -46,23 +46,24 @@ def build_critic(config: TrainConfig, processor: Processor, policy: Network, sou
     return own_critic(backbone, logical_axes(layout(model, "score")))
 
 
-def load_critic(config: TrainConfig, critic: Critic, source: Path, mesh: Mesh) -> dict[str, Any]:
+def load_critic(config: TrainConfig, width: int, source: Path, mesh: Mesh) -> Params:
     """The parameters that the critic starts from, float32.
 
     A reward model brings its score as the value head; else the head starts near 0.
 
     Args:
       config: reads `critic` and `run.seed`.
-      critic: from `build_critic`.
-      source, mesh: as there.
+      width: of the hidden states that the head reads.
+      source, mesh: as in `build_critic`.
 
     Raises:
       CheckpointError: the weights are not whole.
     """
-    head = initial_head(config.run.seed, critic.abstract_params[SCORE]["kernel"].shape[0])
-    if critic.backbone is None:
+    head = initial_head(config.run.seed, width)
+    if config.critic.backbone == "shared":
         return head
-    folder, shardings = _folder(config, source), sharding_of(mesh, units=head_units(critic.backbone.config))
+    folder = _folder(config, source)
+    shardings = sharding_of(mesh, num_heads=num_heads_by_axis(read_architecture(folder)))
     if has_score(folder):
         return load(folder, shardings, head="score")
     params = load(folder, shardings)

@@ -15,12 +15,13 @@ from jax.sharding import Mesh
 from lmmr1_jax.config.schema import ModelConfig, TrainConfig
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.network import Network, build
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, make_mesh, sharding_of
+from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh, sharding_of
 from lmmr1_jax.rollout.engines.open import open_sampler
 from lmmr1_jax.rollout.engines.ray_cluster import connected
 from lmmr1_jax.rollout.engines.sampler import VllmSampler
 from lmmr1_jax.rollout.local.sampler import JaxSampler
 from lmmr1_jax.runtime.compilation import enable_compilation_cache
+from weights_bridge.architecture import num_heads_by_axis
 from weights_bridge.load import load
 from weights_bridge.tensor_table import layout, logical_axes
 
@@ -55,7 +56,7 @@ class PolicyModel:
 
     def load(self) -> dict[str, Any]:
         """The checkpoint's parameters, float32, sharded over the mesh."""
-        return load(self.source, sharding_of(self.mesh, units=head_units(self.network.config)))
+        return load(self.source, sharding_of(self.mesh, num_heads=num_heads_by_axis(self.network.config)))
 
     def axes(self) -> dict[str, Any]:
         """Logical axes of every parameter."""

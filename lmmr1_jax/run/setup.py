@@ -18,6 +18,7 @@ from lmmr1_jax.data.prompt_loader import PromptLoader
 from lmmr1_jax.data.prompt_set import PromptCursor, read_prompts, split_holdout
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.learner.objectives.value import CRITIC, SCORE
 from lmmr1_jax.learner.state import TrainState
 from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
 from lmmr1_jax.rewards.rules.service import Verifier
@@ -27,6 +28,7 @@ from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
 from lmmr1_jax.run.critic_setup import build_critic, load_critic
+from lmmr1_jax.run.learner_setup import assemble_learner
 from lmmr1_jax.run.policy import EMBEDDED_MODEL, PolicyModel
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
@@ -41,11 +43,11 @@ def build_learner(config: TrainConfig, policy: PolicyModel, total_updates: int) 
     critic = None
     if needs_critic(config):
         critic = build_critic(config, policy.processor, policy.network, policy.source, policy.mesh)
-    return Learner(
-        policy.network,
+    return assemble_learner(
         config,
-        policy.mesh,
+        policy.network,
         policy.axes(),
+        policy.mesh,
         total_updates,
         banned_ids=policy.processor.banned_ids,
         critic=critic,
@@ -54,8 +56,10 @@ def build_learner(config: TrainConfig, policy: PolicyModel, total_updates: int) 
 
 def initial_state(config: TrainConfig, policy: PolicyModel, learner: Learner) -> TrainState:
     """What training starts from: the checkpoint's parameters, and those of the critic where there is one."""
-    critic = learner.critic and load_critic(config, learner.critic, policy.source, policy.mesh)
-    return learner.init_state(policy.load(), critic)
+    if not needs_critic(config):
+        return learner.init_state(policy.load())
+    head = learner.trainables[CRITIC].params[SCORE]["kernel"]
+    return learner.init_state(policy.load(), critic=load_critic(config, head.shape[0], policy.source, policy.mesh))
 
 
 def read_data(

@@ -12,10 +12,10 @@ import packed_cases as cases
 
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.learner.checkpoint import Checkpoints
-from lmmr1_jax.learner.critic import initial_head, own_critic, shared_critic
-from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.learner.objectives.value import CRITIC, initial_head, own_critic, shared_critic
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
+from lmmr1_jax.run.learner_setup import assemble_learner
 from lmmr1_jax.runtime.compilation import CompilationCounter
 from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
@@ -38,13 +38,17 @@ def learner_on(sizes, backbone="own"):
     )
     axes = logical_axes(layout(parse_architecture(raw)))
     critic = own_critic(net, axes) if backbone == "own" else shared_critic(net)
-    return Learner(net, config, mesh, axes, 10, banned_ids=cases.BANNED, critic=critic)
+    return assemble_learner(config, net, axes, mesh, 10, banned_ids=cases.BANNED, critic=critic)
 
 
 def relative(ours, theirs):
     """The largest difference of any tensor, relative to that tensor's largest number."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return max(float(np.abs(np.subtract(a, b)).max() / max(np.abs(b).max(), 1e-6)) for a, b in pairs)
+
+
+def copy(tree):
+    return jax.tree.map(jax.numpy.array, tree)
 
 
 def host(tree):
@@ -68,12 +72,12 @@ def main():
     folder = pathlib.Path(tempfile.mkdtemp()) / "checkpoints"
     for name, sizes in MESHES.items():
         learner = learner_on(sizes)
-        state = learner.init_state(*jax.tree.map(jax.numpy.array, (params, critic)))
+        state = learner.init_state(copy(params), critic=copy(critic))
         state, metrics = learner.update(state, batch)
         kernel = state.params["language"]["layers"]["gate"]["kernel"]
-        moment = state.critic.opt_state.mu["language"]["layers"]["gate"]["kernel"]
+        moment = cases.first_moments(state, CRITIC)["language"]["layers"]["gate"]["kernel"]
         # Adam's first moment after one update is the gradient, scaled.
-        gradients = host((state.opt_state.mu, state.critic.opt_state.mu))
+        gradients = host((cases.first_moments(state), cases.first_moments(state, CRITIC)))
         mine = {"gradient": gradients, "metrics": metrics, "state": host(state)}
         if first is None:
             first = mine
@@ -102,9 +106,9 @@ def main():
     shared = {}
     for name in ("one", "all"):
         learner = learner_on(MESHES[name], "shared")
-        state = learner.init_state(*jax.tree.map(jax.numpy.array, (params, head)))
+        state = learner.init_state(copy(params), critic=copy(head))
         state, _ = learner.update(state, batch)
-        shared[name] = host((state.opt_state.mu, state.critic.opt_state.mu))
+        shared[name] = host((cases.first_moments(state), cases.first_moments(state, CRITIC)))
     found["shared"] = relative(shared["all"], shared["one"])
     json.dump(found, sys.stdout)
 

@@ -10,10 +10,11 @@ import packed_cases as cases
 import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.learner.critic import SCORE, initial_head, own_critic, shared_critic
-from lmmr1_jax.learner.learner import Learner
+from lmmr1_jax.learner.objectives.value import CRITIC, SCORE, initial_head, own_critic, shared_critic
+from lmmr1_jax.learner.state import POLICY
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.run.learner_setup import assemble_learner
 from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
@@ -43,7 +44,9 @@ def learner(backbone=None, *, minibatches=1, freezing=0, freeze_vision=False):
         learning_rate=0.01, logprob_chunk=32, adam_b1=0.0, max_grad_norm=1e9, minibatches=minibatches, warmup_ratio=0.0
     )
     config = TrainConfig(algorithm=algorithm, critic=critic, learner=settings)
-    return Learner(network, config, make_mesh(MeshConfig(1, 1, 1)), axes, 10, banned_ids=cases.BANNED, critic=made)
+    return assemble_learner(
+        config, network, axes, make_mesh(MeshConfig(1, 1, 1)), 10, banned_ids=cases.BANNED, critic=made
+    )
 
 
 @functools.cache
@@ -67,7 +70,7 @@ def copy(tree):
 
 
 def start(backbone, **options):
-    return learner(backbone, **options).init_state(copy(setting()[1]), copy(critic_params(backbone)))
+    return learner(backbone, **options).init_state(copy(setting()[1]), critic=copy(critic_params(backbone)))
 
 
 def packed(**options):
@@ -132,7 +135,7 @@ def test_gradients_of_an_own_critic_equal_the_dense_ones_whatever_the_packing(op
     state, metrics = learner("own").update(start("own"), packed(**options))
     _, loss, (body, head) = dense("own")
     # Adam has no memory here: its first moment is the gradient.
-    cases.assert_gradients_close(state.critic.opt_state.mu, body | {SCORE: {"kernel": head}})
+    cases.assert_gradients_close(cases.first_moments(state, CRITIC), body | {SCORE: {"kernel": head}})
     np.testing.assert_allclose(metrics["loss/value"], loss, rtol=1e-4)
     assert 0 < metrics["value/clip_fraction"] < 1
     assert metrics["value/learning_rate"] == pytest.approx(0.003, rel=0.05)
@@ -145,8 +148,8 @@ def test_gradients_of_a_shared_critic_equal_the_dense_ones_whatever_the_packing(
     _, loss, (body, head) = dense("shared")
     policy = cases.oracle_gradients(network, params, rollouts)
     both = jax.tree.map(lambda p, v: p + WEIGHT * v, policy, body)
-    cases.assert_gradients_close(state.opt_state.mu, both)
-    cases.assert_gradients_close(state.critic.opt_state.mu, {SCORE: {"kernel": head}})
+    cases.assert_gradients_close(cases.first_moments(state), both)
+    cases.assert_gradients_close(cases.first_moments(state, CRITIC), {SCORE: {"kernel": head}})
     np.testing.assert_allclose(metrics["loss/value"], loss, rtol=1e-4)
 
 
@@ -157,17 +160,17 @@ def test_an_own_critic_leaves_the_policys_update_as_it_is_to_the_last_bit():
     state, metrics = alone.update(alone.init_state(copy(setting()[1])), dataclasses.replace(
         batch, values=None, returns=None
     ))  # fmt: skip
-    assert same_bits(state.params, with_critic.params) and same_bits(state.opt_state, with_critic.opt_state)
+    assert same_bits(state.trained[POLICY], with_critic.trained[POLICY])
     assert metrics == {name: told[name] for name in metrics}
 
 
 def test_a_critics_frozen_tower_keeps_its_bits_and_has_no_moments_while_the_policys_moves():
     state, _ = learner("own", freeze_vision=True).update(start("own", freeze_vision=True), packed())
     free, _ = learner("own").update(start("own"), packed())
-    assert same_bits(state.critic.params["vision"], critic_params("own")["vision"])
-    assert not same_bits(free.critic.params["vision"], critic_params("own")["vision"])
-    rest = {name: tree for name, tree in free.critic.opt_state.mu.items() if name != "vision"}
-    cases.assert_gradients_close(state.critic.opt_state.mu, rest)
+    assert same_bits(state.trained[CRITIC].params["vision"], critic_params("own")["vision"])
+    assert not same_bits(free.trained[CRITIC].params["vision"], critic_params("own")["vision"])
+    rest = {name: tree for name, tree in cases.first_moments(free, CRITIC).items() if name != "vision"}
+    cases.assert_gradients_close(cases.first_moments(state, CRITIC), rest)
     assert same_bits(state.params, free.params) and not same_bits(state.params["vision"], setting()[1]["vision"])
 
 
@@ -178,8 +181,9 @@ def test_a_frozen_policy_waits_for_its_critic_and_then_begins_its_own_schedule(b
     for _ in range(4):
         before = jax.tree.map(np.array, state)
         state, metrics = ours.update(state, batch)
-        assert same_bits(before.params, state.params) and same_bits(before.opt_state, state.opt_state)
-        assert metrics["learning_rate"] == 0 and not same_bits(before.critic.params, state.critic.params)
+        assert same_bits(before.trained[POLICY], state.trained[POLICY])
+        assert metrics["learning_rate"] == 0
+        assert not same_bits(before.trained[CRITIC].params, state.trained[CRITIC].params)
     state, metrics = ours.update(state, batch)
     assert not same_bits(before.params, state.params)
     # the first of the 6 updates that are left: 0.1 + 0.9 (1 + cos(pi / 6)) / 2 of the peak
@@ -195,7 +199,7 @@ def test_an_update_without_finite_gradients_is_skipped_as_a_whole_and_counted_on
     state, _ = learner(backbone).update(start(backbone), batch)
     before = jax.tree.map(np.array, state)
     state, metrics = learner(backbone).update(state, dataclasses.replace(batch, **{field: spoiled}))
-    assert same_bits(before.params, state.params) and same_bits(before.critic, state.critic)
+    assert same_bits(before.trained, state.trained)
     assert metrics["skipped_updates"] == 1 and int(state.step) == 2
 
 
@@ -223,4 +227,5 @@ def test_a_critic_is_given_exactly_where_the_algorithm_has_one():
         config = TrainConfig(algorithm=AlgorithmConfig(name=name))
         axes = logical_axes(layout(network.config))
         with pytest.raises(ValueError, match=f"{name} has"):
-            Learner(network, config, make_mesh(MeshConfig(1, 1, 1)), axes, 10, critic=critic)
+            mesh, axes = make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(parse_architecture(RAW)))
+            assemble_learner(config, network, axes, mesh, 10, critic=critic)

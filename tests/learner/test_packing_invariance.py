@@ -8,9 +8,9 @@ import packed_cases as cases
 import pytest
 
 from lmmr1_jax.config.schema import AlgorithmConfig, LearnerConfig, MeshConfig, TrainConfig
-from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.run.learner_setup import assemble_learner
 from weights_bridge.config_json import parse_architecture
 from weights_bridge.tensor_table import layout, logical_axes
 
@@ -21,20 +21,22 @@ SHAPES = PackShapes(
 )  # fmt: skip
 
 
+def learner_of(net, config):
+    axes, mesh = logical_axes(layout(parse_architecture(cases.hf_config()))), make_mesh(MeshConfig(1, 1, 1))
+    return assemble_learner(config, net, axes, mesh, 10, banned_ids=cases.BANNED)
+
+
 @functools.cache
 def setting():
-    raw = cases.hf_config()
-    net = cases.network(parse_architecture(raw))
+    net = cases.network(parse_architecture(cases.hf_config()))
     # Weights of whole completions: what a micro-batch must not cut.
     config = TrainConfig(
         algorithm=AlgorithmConfig(importance="sequence"), learner=LearnerConfig(logprob_chunk=32)
     )
-    learner = Learner(
-        net, config, make_mesh(MeshConfig(1, 1, 1)), logical_axes(layout(net.config)), 10, banned_ids=cases.BANNED
-    )
+    learner = learner_of(net, config)
     params = cases.random_params(net)
     rollouts = cases.drawn_by_another(net, params, cases.random_rollouts(net.config))
-    return learner, params, rollouts, cases.oracle_gradients(net, params, rollouts, importance="sequence")
+    return net, learner, params, rollouts, cases.oracle_gradients(net, params, rollouts, importance="sequence")
 
 
 WAYS = pytest.mark.parametrize(
@@ -51,8 +53,8 @@ WAYS = pytest.mark.parametrize(
 
 @WAYS
 def test_packing_leaves_loss_and_gradient_alone(options, at_least):
-    learner, params, rollouts, expected = setting()
-    batch = pack(rollouts, dataclasses.replace(SHAPES, **options), learner.network.config.vision, cases.patches_of)
+    net, learner, params, rollouts, expected = setting()
+    batch = pack(rollouts, dataclasses.replace(SHAPES, **options), net.config.vision, cases.patches_of)
     assert int(batch.micro_batches) >= at_least
     if at_least == 4:
         # Some micro-batch is text alone: the tower is skipped for it.
@@ -79,14 +81,12 @@ def _gaps(learner, params, rollouts):
 @functools.cache
 def shared_ratios():
     """GSPO averaged over completions with the KL and the entropy in the loss: all that looks at whole completions."""
-    first, params, rollouts, _ = setting()
+    net, _, params, rollouts, _ = setting()
     algorithm = AlgorithmConfig(
         name="gspo", clip_low=0.1, clip_high=0.1, importance="masked_sequence", entropy_bonus=0.1, kl_coefficient=0.1
     )
     config = TrainConfig(algorithm=algorithm, learner=LearnerConfig(logprob_chunk=32, epochs=2))
-    learner = Learner(
-        first.network, config, first.mesh, logical_axes(layout(first.network.config)), 10, banned_ids=cases.BANNED
-    )
+    learner = learner_of(net, config)
     dense = [gap.astype(np.float32) for gap in _gaps(learner, params, rollouts)]
     sampler = [c.log_probs for r in rollouts for c in r.completions]
     rng = np.random.default_rng(2)
@@ -94,7 +94,7 @@ def shared_ratios():
     old, reference = ([(p + rng.normal(0, 0.5, p.size)).astype(np.float32) for p in policy] for _ in range(2))
 
     def gradients(**options):
-        batch = pack(rollouts, dataclasses.replace(SHAPES, **options), first.network.config.vision, cases.patches_of)
+        batch = pack(rollouts, dataclasses.replace(SHAPES, **options), net.config.vision, cases.patches_of)
         batch = dataclasses.replace(
             batch,
             old_log_probs=scatter(old, batch),

@@ -29,7 +29,7 @@ def test_an_axis_that_cannot_be_divided_stays_whole_and_is_named():
 
 
 def test_a_head_is_never_cut_in_two():
-    spec, refused = spec_of((16, 32), ("embed", "kv_heads"), mesh(1, 1, 4), units={"kv_heads": 2})
+    spec, refused = spec_of((16, 32), ("embed", "kv_heads"), mesh(1, 1, 4), num_heads={"kv_heads": 2})
     assert spec == PartitionSpec(None, None)
     assert refused == ["kv_heads (2) over tensor=4"]
 

@@ -11,7 +11,7 @@ import tiny_reward_model
 
 from lmmr1_jax.algorithms.registry import checked
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, RolloutConfig, TrainConfig
-from lmmr1_jax.learner.critic import SCORE
+from lmmr1_jax.learner.objectives.value import SCORE
 from lmmr1_jax.packing.pack import gather, pack, plan_shapes
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
 from lmmr1_jax.run import setup
@@ -39,7 +39,8 @@ def policy():
 
 def critic_of(given):
     made = build_critic(given, policy().processor, policy().network, policy().source, policy().mesh)
-    return made, load_critic(given, made, policy().source, policy().mesh)
+    width = made.abstract_params[SCORE]["kernel"].shape[0]
+    return made, load_critic(given, width, policy().source, policy().mesh)
 
 
 def same_bits(a, b):

@@ -16,7 +16,7 @@ from random_checkpoint import CASES, bfloat16, config_of, random_tensors, rename
 from safetensors.numpy import load_file
 
 from lmmr1_jax.learner.checkpoint import Checkpoints
-from lmmr1_jax.learner.state import TrainState
+from lmmr1_jax.learner.state import POLICY, TrainableState, TrainState
 from weights_bridge import export as export_module
 from weights_bridge.errors import CheckpointError
 from weights_bridge.export import export, export_checkpoint
@@ -199,8 +199,8 @@ def run(tmp_path) -> tuple[Path, Path]:
     checkpoints = Checkpoints(run / "checkpoints", keep=5)
     for step in (4, 10):
         changed = jax.tree.map(lambda leaf, step=step: leaf + step, params)
-        moments = optax.ScaleByAdamState(jnp.int32(step), changed, changed)
-        checkpoints.save(step, TrainState(changed, moments, jnp.int32(step), jnp.int32(0)), {"cursor": step})
+        trained = {POLICY: TrainableState(changed, optax.ScaleByAdamState(jnp.int32(step), changed, changed))}
+        checkpoints.save(step, TrainState(trained, jnp.int32(step), jnp.int32(0)), {"cursor": step})
     checkpoints.close()
     return run, source
 

@@ -31,9 +31,10 @@ from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.packing.layout import PackShapes, group_sizes, lay_out
 from lmmr1_jax.packing.pack import gather, pack
 from lmmr1_jax.packing.shapes import grow, plan_shapes, tokens_per_device
-from lmmr1_jax.parallel.sharding import activation_constraint, head_units, put_batch, row_shards, sharding_of
+from lmmr1_jax.parallel.sharding import activation_constraint, put_batch, row_shards, sharding_of
 from lmmr1_jax.types.batches import PackedBatch
 from lmmr1_jax.types.records import Image, Rollout
+from weights_bridge.architecture import num_heads_by_axis
 from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
 
@@ -80,7 +81,7 @@ class RewardModel:
         # Tied, so that there is no head over the vocabulary.
         body = dataclasses.replace(self.config, text=dataclasses.replace(self.config.text, tie_word_embeddings=True))
         network = build(body, compute_dtype, constrain=activation_constraint(mesh))
-        shardings = sharding_of(mesh, units=head_units(self.config))
+        shardings = sharding_of(mesh, num_heads=num_heads_by_axis(self.config))
         self.params = load(folder, shardings, network.compute_dtype, head="score")
         whole = NamedSharding(mesh, PartitionSpec())
         self._scores = jax.jit(functools.partial(_scores, network, mesh), out_shardings=whole)
