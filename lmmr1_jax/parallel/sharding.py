@@ -88,8 +88,9 @@ def spec_of(
     Args:
       shape: the parameter's shape.
       axes: its logical axes, one per dimension.
-      num_heads: the number of heads that a logical axis holds, from `models.config.num_heads_by_axis`. The axis itself
-        is longer, heads times their width; half a head on a device would compute the right thing slowly.
+      num_heads: the number of heads that a logical axis holds, from `weights_bridge.architecture.num_heads_by_axis`.
+        The axis itself is longer, heads times their width; half a head on a device would compute the right thing
+        slowly.
     """
     rules = rules or ShardingRules()
     spec: list[str | None] = []
