@@ -74,7 +74,7 @@ class Learner:
         }
         self._param_shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         initial_state = functools.partial(_initial_state, self.trainables)
-        self._abstract = self._with_shardings(jax.eval_shape(initial_state, params), params)
+        self._abstract = _with_shardings(jax.eval_shape(initial_state, params), params, self._replicated)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
         self._init = jax.jit(initial_state, donate_argnums=0, out_shardings=shardings)
         self._update = jax.jit(
@@ -135,23 +135,23 @@ class Learner:
         """
         return np.asarray(self._passes[name](params, self.put(batch)))
 
-    def _with_shardings(self, state: TrainState, params: Mapping[str, Params]) -> TrainState:
-        """The state's shapes with shardings: what the optimizer keeps of a parameter is split as that is."""
+def _with_shardings(state: TrainState, params: Mapping[str, Params], replicated: NamedSharding) -> TrainState:
+    """The state's shapes with shardings.
 
-        def like(leaf: jax.ShapeDtypeStruct, param: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return _placed(leaf, param.sharding if leaf.shape == param.shape else self._replicated)
+    What an optimizer keeps of a parameter stands under the parameter's path and is split as that is; where it has
+    another shape (a factored moment), and where it belongs to none (a count), it lies whole on every device.
+    """
+    trained = {}
+    for name, part in state.trained.items():
+        by_path = dict(jax.tree_util.tree_leaves_with_path(params[name]))
 
-        def whole(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return _placed(leaf, self._replicated)
+        def place(path, leaf, by_path=by_path):
+            owners = [by_path[path[i:]] for i in range(len(path)) if path[i:] in by_path]
+            owned = bool(owners) and owners[0].shape == leaf.shape
+            return _placed(leaf, owners[0].sharding if owned else replicated)
 
-        trained = {}
-        for name, trainable in self.trainables.items():
-            moving, _ = split(params[name], trainable.mask)
-            opt_state = optax.tree_map_params(
-                trainable.optimizer, like, state.trained[name].opt_state, moving, transform_non_params=whole
-            )
-            trained[name] = TrainableState(params[name], opt_state)
-        return TrainState(trained, whole(state.step), whole(state.skipped_updates))
+        trained[name] = TrainableState(params[name], jax.tree_util.tree_map_with_path(place, part.opt_state))
+    return TrainState(trained, _placed(state.step, replicated), _placed(state.skipped_updates, replicated))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
