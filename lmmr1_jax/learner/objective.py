@@ -7,7 +7,7 @@ An objective of one's own is any object with these two members; nothing else of 
 
         def loss(self, params, micro):
             log_probs, _ = response_log_probs(network, params[POLICY], micro, distribution, mesh)
-            loss = -jnp.sum(log_probs * micro.mask) / micro.tokens_total
+            loss = -jnp.sum(jnp.where(micro.mask > 0, log_probs, 0.0)) / micro.tokens_total
             return loss, {"loss/cross_entropy": loss}
 
     learner = Learner({POLICY: Trainable(abstract_params, optax.adamw(1e-5))}, [CrossEntropy()], mesh)
