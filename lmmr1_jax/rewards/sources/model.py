@@ -85,6 +85,7 @@ def open_model(
     compute_dtype: Any,
     learner: LearnerConfig,
     max_new_tokens: int,
+    attention: str = "xla",
 ) -> RewardModelSource:
     """The reward model of an entry of `rewards.models`; the arguments as `RewardModel` takes them.
 
@@ -100,6 +101,7 @@ def open_model(
             image_format=image_format,
             learner=learner,
             max_new_tokens=max_new_tokens,
+            attention=attention,
         )
     except UserError as error:
         raise UserError(f"rewards.models: {error}") from None
