@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from lmmr1_jax.learner.state import POLICY, TrainState
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.models.vision_batch import pack_images
@@ -125,7 +126,8 @@ def oracle_inputs(config: Architecture, rollouts: list[Rollout], length: int = 6
     """Every completion in a row of its own, `[completions, length]`, behind its own copy of the prompt."""
     pairs = [(r.encoded, c) for r in rollouts for c in r.completions]
     shape = (len(pairs), length)
-    tokens, segments, slots = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    tokens, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    lengths = np.zeros(len(pairs), np.int32)
     positions = np.zeros((3, *shape), np.int32)
     taken = np.zeros(shape, bool)  # where a completion token stands
     sampler = np.zeros(shape, np.float32)
@@ -137,7 +139,7 @@ def oracle_inputs(config: Architecture, rollouts: list[Rollout], length: int = 6
     for row, (encoded, completion) in enumerate(pairs):
         p, n = encoded.token_ids.size, completion.token_ids.size
         tokens[row, : p + n] = np.concatenate([encoded.token_ids, completion.token_ids])
-        segments[row, : p + n] = 1
+        lengths[row] = p + n
         positions[:, row, :p] = encoded.positions
         positions[:, row, p : p + n] = encoded.next_position + np.arange(n)
         taken[row, p : p + n] = True
@@ -145,7 +147,7 @@ def oracle_inputs(config: Architecture, rollouts: list[Rollout], length: int = 6
         if encoded.images:
             slots[row, encoded.image_slots] = np.concatenate([placed[id(p)] for p in encoded.images])
     return dict(
-        tokens=tokens, segments=segments, slots=slots, positions=positions, taken=taken, sampler=sampler, vision=vision
+        tokens=tokens, lengths=lengths, slots=slots, positions=positions, taken=taken, sampler=sampler, vision=vision
     )  # fmt: skip
 
 
@@ -166,7 +168,7 @@ def oracle_log_probs(net: Network, params, inputs: dict, temperature: float = 1.
     model = net.bind(params)
     features = None if inputs["vision"] is None else model.encode_images(inputs["vision"])
     x = model.embed(inputs["tokens"], inputs["slots"], features)
-    hidden = model.hidden(x, inputs["positions"], inputs["segments"], inputs["segments"])
+    hidden = model.hidden(x, inputs["positions"], causal_intervals(inputs["lengths"], x.shape[1]))
     penalty = jnp.zeros(VOCABULARY).at[jnp.array(BANNED)].set(-jnp.inf)
     logits = hidden @ model.head_embedding().T / temperature + penalty
     following = jnp.roll(inputs["tokens"], -1, 1)
@@ -215,7 +217,7 @@ def pack_by_hand(rollouts: list[Rollout], config: Architecture, *, rows: int, le
     shape, out = (count, rows, length), (count, rows, slots)
     int32 = lambda shape, value=0: np.full(shape, value, np.int32)  # noqa: E731
     batch = PackedBatch(
-        tokens=int32(shape), segment_ids=int32(shape), prefix_ids=int32(shape),
+        tokens=int32(shape), low=int32(shape), high=int32(shape),
         positions=int32((count, 3, rows, length)),
         image_slots=int32(shape, -1), source=int32(out), target=int32(out), mask=np.zeros(out, np.float32),
         completion=int32(out, -1), advantages=np.zeros(out, np.float32), old_log_probs=np.zeros(out, np.float32),
@@ -229,14 +231,13 @@ def pack_by_hand(rollouts: list[Rollout], config: Architecture, *, rows: int, le
         encoded = rollout.encoded
         end, out_end = encoded.token_ids.size, 0
         batch.tokens[at][:end] = encoded.token_ids
-        batch.segment_ids[at][:end] = batch.prefix_ids[at][:end] = 1
+        batch.low[at][:end] = np.arange(end)
         batch.positions[at[0], :, at[1], :end] = encoded.positions
         for i, completion in enumerate(rollout.completions):
             n = completion.token_ids.size
             here, there = slice(end, end + n), slice(out_end, out_end + n)
             batch.tokens[at][here] = completion.token_ids
-            batch.segment_ids[at][here] = 2 + i
-            batch.prefix_ids[at][here] = 1
+            batch.low[at][here], batch.high[at][here] = np.arange(end, end + n), end + n
             batch.positions[at[0], :, at[1], here] = encoded.next_position + np.arange(n)
             batch.source[at][there] = [encoded.token_ids.size - 1, *range(end, end + n - 1)]
             batch.target[at][there] = completion.token_ids
@@ -245,6 +246,7 @@ def pack_by_hand(rollouts: list[Rollout], config: Architecture, *, rows: int, le
             batch.advantages[at][there] = rollout.advantages[i]
             batch.sampler_log_probs[at][there] = completion.log_probs
             end, out_end, number = end + n, out_end + n, number + 1
+        batch.high[at][: encoded.token_ids.size] = end
     return dataclasses.replace(
         batch,
         vision=_images_by_hand(rollouts, config, batch.image_slots, rows),

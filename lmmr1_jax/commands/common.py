@@ -74,6 +74,7 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
     import jax.numpy as jnp
 
     from lmmr1_jax.config.schema import MeshConfig
+    from lmmr1_jax.models.attention.backends import resolve
     from lmmr1_jax.models.network import build
     from lmmr1_jax.parallel.sharding import make_mesh, sharding_of
     from lmmr1_jax.runtime.compilation import enable_compilation_cache
@@ -84,7 +85,7 @@ def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
     dtype = args.compute_dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    network = build(read_architecture(args.model), compute_dtype=jnp.dtype(dtype))
+    network = build(read_architecture(args.model), compute_dtype=jnp.dtype(dtype), attention=resolve("auto"))
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     params = load(args.model, None if mesh is None else sharding_of(mesh), dtype=jnp.dtype(dtype))
     return network, params, mesh

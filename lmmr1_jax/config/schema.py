@@ -29,6 +29,8 @@ class ModelConfig:
     """A Hugging Face folder. `embedded:tiny`, or empty, is the tiny Qwen2.5-VL that ships with the package."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products: auto is bfloat16 on accelerators and float32 on CPUs. Master weights are float32."""
+    attention: Literal["auto", "xla"] = "auto"
+    """The implementation of attention: auto is the fastest that runs on the devices."""
     freeze_vision: bool = False
     """Do not train the vision tower (its merger included), nor that of PPO's critic."""
 

@@ -8,9 +8,9 @@ learner decides what that means.
     params = network.init(jax.random.key(0))
 
     @jax.jit
-    def logits(params, tokens, positions, segments):
+    def logits(params, tokens, positions, mask):
         model = network.bind(params)
-        hidden = model.hidden(model.embed(tokens), positions, segments, segments)
+        hidden = model.hidden(model.embed(tokens), positions, mask)
         return hidden @ model.head_embedding().T
 """
 
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lmmr1_jax.models.attention.xla import attend
+from lmmr1_jax.models.attention.backends import BACKENDS, Attend
+from lmmr1_jax.models.attention.mask import KeyIntervals
 from lmmr1_jax.models.decoder import SAVED, Decoder, DecoderLayer, Rope, rope_angles
 from lmmr1_jax.models.families import family_of
 from lmmr1_jax.types.batches import VisionBatch
@@ -49,7 +50,7 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
 class Transformer(nnx.Module):
     """A language model with or without a vision tower. Make it with `Network.bind`."""
 
-    def __init__(self, config: Architecture, *, dtype: jnp.dtype, remat: Remat, constrain: Constrain):
+    def __init__(self, config: Architecture, *, dtype: jnp.dtype, remat: Remat, constrain: Constrain, attend: Attend):
         self.language = Decoder(config.text, dtype=dtype)
         if config.vision is not None:
             self.vision = family_of(config).tower(config.vision, dtype=dtype)
@@ -57,10 +58,11 @@ class Transformer(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.constrain = constrain
+        self.attend = attend
 
     def encode_images(self, vision: VisionBatch) -> Float[Array, "rows tokens embed"]:
         """Merged image tokens in slot order, `slots // merge_unit` a row; meaningless where slots are padding."""
-        return self.vision(vision, self._checkpointed)
+        return self.vision(vision, self.attend, self._checkpointed)
 
     def embed(
         self,
@@ -85,25 +87,23 @@ class Transformer(nnx.Module):
         self,
         x: Float[Array, "rows time embed"],
         positions: Int[Array, "3 rows time"],
-        segment_ids: Int[Array, "rows time"],
-        prefix_ids: Int[Array, "rows time"],
+        mask: KeyIntervals,
     ) -> Float[Array, "rows time embed"]:
-        """Hidden states after the final norm, from embeddings; who sees whom is attention.py's one rule."""
-        return self._run(x, positions, segment_ids, prefix_ids, keep_cache=False)[0]
+        """Hidden states after the final norm, from embeddings; `mask` says which tokens of a row see which."""
+        return self._run(x, positions, mask, keep_cache=False)[0]
 
     def prefill(
         self,
         x: Float[Array, "rows time embed"],
         positions: Int[Array, "3 rows time"],
-        segment_ids: Int[Array, "rows time"],
-        prefix_ids: Int[Array, "rows time"],
+        mask: KeyIntervals,
     ) -> tuple[
         Float[Array, "rows time embed"],
         Float[Array, "layers rows time kv_heads width"],
         Float[Array, "layers rows time kv_heads width"],
     ]:
         """The same, with every layer's keys (rotated) and values."""
-        hidden, (keys, values) = self._run(x, positions, segment_ids, prefix_ids, keep_cache=True)
+        hidden, (keys, values) = self._run(x, positions, mask, keep_cache=True)
         return hidden, keys, values
 
     def head_embedding(self) -> Float[Array, "vocabulary embed"]:
@@ -111,16 +111,14 @@ class Transformer(nnx.Module):
         table = self.language.embed if self.config.text.tie_word_embeddings else self.language.head
         return table.embedding[...]
 
-    def _run(self, x, positions, segment_ids, prefix_ids, *, keep_cache: bool):
+    def _run(self, x, positions, mask: KeyIntervals, *, keep_cache: bool):
         rope = self.rope(positions)
         graphdef, stacked = nnx.split(self.language.layers)
 
         def body(x: Array, state: nnx.State):
             layer: DecoderLayer = nnx.merge(graphdef, state)
             q, k, v = layer.project(x, rope)
-            attended = attend(
-                q, k, v, query_segments=segment_ids, query_prefixes=prefix_ids, key_segments=segment_ids
-            )
+            attended, _ = self.attend(q, k, v, mask)
             x = self.constrain(layer.finish(x, attended), ACTIVATION_AXES)
             return x, ((k, v) if keep_cache else None)
 
@@ -144,12 +142,14 @@ class Network:
       compute_dtype: of matrix products.
       graphdef: the modules' structure.
       abstract_params: nested dict of `jax.ShapeDtypeStruct`, the shape of what `bind` takes.
+      attention: name of the attention backend.
     """
 
     config: Architecture
     compute_dtype: Any
     graphdef: Any
     abstract_params: Params
+    attention: str
 
     def init(self, key: Array) -> Params:
         """Random float32 parameters: normal with scale 0.02, norms 1, biases 0, as transformers initialises them."""
@@ -177,6 +177,7 @@ def build(
     compute_dtype: Any = jnp.float32,
     remat: Remat = "none",
     constrain: Constrain = unconstrained,
+    attention: str = "xla",
 ) -> Network:
     """The network of a config.
 
@@ -186,11 +187,14 @@ def build(
       remat: what the backward pass computes again: "none" nothing but attention's scores, "attention" all but the
         large products (norms, activations, scores), "full" whole layers.
       constrain: called with activations and their logical axes; returns them with a sharding constraint.
+      attention: name of the backend, from `attention.backends.resolve`.
     """
-    dtype = jnp.dtype(compute_dtype)
-    abstract = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, remat=remat, constrain=constrain))
+    dtype, attend = jnp.dtype(compute_dtype), BACKENDS[attention]
+    abstract = nnx.eval_shape(
+        lambda: Transformer(config, dtype=dtype, remat=remat, constrain=constrain, attend=attend)
+    )
     graphdef, state = nnx.split(abstract)
-    return Network(config, dtype, graphdef, nnx.to_pure_dict(state))
+    return Network(config, dtype, graphdef, nnx.to_pure_dict(state), attention)
 
 
 def layer_params(params: Mapping[str, Any], index: int) -> Params:

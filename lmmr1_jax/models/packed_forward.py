@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from lmmr1_jax.models.attention.mask import KeyIntervals
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.models.network import Network, Params, Transformer
 from lmmr1_jax.parallel.sharding import constrain_rows
@@ -45,7 +46,7 @@ def hidden_states(model: Transformer, micro: PackedBatch, mesh: Mesh) -> Float[A
     """Final hidden states of a micro-batch's rows, images in their places."""
     features = None if micro.vision is None else _image_features(model, micro.vision, mesh)
     embedded = constrain_rows(model.embed(micro.tokens, micro.image_slots, features), mesh)
-    return constrain_rows(model.hidden(embedded, micro.positions, micro.segment_ids, micro.prefix_ids), mesh)
+    return constrain_rows(model.hidden(embedded, micro.positions, KeyIntervals(micro.low, micro.high)), mesh)
 
 
 def response_hidden(model: Transformer, micro: PackedBatch, mesh: Mesh) -> Float[Array, "rows slots width"]:
@@ -98,4 +99,4 @@ def _image_features(model: Transformer, vision: VisionBatch, mesh: Mesh) -> Floa
         return constrain_rows(model.encode_images(vision), mesh)
 
     shape = jax.eval_shape(encode, vision)
-    return jax.lax.cond(jnp.any(vision.segment_ids > 0), encode, lambda _: jnp.zeros(shape.shape, shape.dtype), vision)
+    return jax.lax.cond(jnp.any(vision.high > 0), encode, lambda _: jnp.zeros(shape.shape, shape.dtype), vision)

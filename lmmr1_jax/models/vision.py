@@ -19,7 +19,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from lmmr1_jax.models.attention.xla import attend
+from lmmr1_jax.models.attention.backends import Attend
+from lmmr1_jax.models.attention.mask import KeyIntervals, window_intervals
 from lmmr1_jax.models.layers import (
     Linear,
     Stack,
@@ -71,18 +72,16 @@ class VisionBlock(nnx.Module):
         self,
         x: Float[Array, "rows slots width"],
         rope: tuple[Float[Array, "rows slots half"], Float[Array, "rows slots half"]],
-        segment_ids: Int[Array, "rows slots"],
-        window: int,
+        mask: KeyIntervals,
+        attend: Attend,
     ) -> Float[Array, "rows slots width"]:
-        """`window` is the number of slots that attend to each other: a window's, or the whole row's."""
+        """`mask` has the slots that attend to each other in a row of its own: a window's, or the whole row's."""
         heads, head_dim = self.config.num_heads, self.config.hidden_size // self.config.num_heads
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:-1], 3, heads, head_dim)
         q = checkpoint_name(rotate(qkv[..., 0, :, :], *rope), "query")
         k = checkpoint_name(rotate(qkv[..., 1, :, :], *rope), "key")
         v = checkpoint_name(qkv[..., 2, :, :], "value")
-        q, k, v = (a.reshape(-1, window, heads, head_dim) for a in (q, k, v))
-        segments = segment_ids.reshape(-1, window)
-        attended = attend(q, k, v, query_segments=segments, key_segments=segments, causal=False)
+        attended, _ = attend(*(a.reshape(*mask.low.shape, heads, head_dim) for a in (q, k, v)), mask)
         x = checkpoint_name(x + self.proj(attended.reshape(x.shape)), "middle")
         return x + self.mlp(self.norm2(x))
 
@@ -122,21 +121,22 @@ class VisionTower(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, batch: VisionBatch, wrap: Callable[[Callable], Callable] = lambda body: body
+        self, batch: VisionBatch, attend: Attend, wrap: Callable[[Callable], Callable] = lambda body: body
     ) -> Float[Array, "rows tokens embed"]:
         """Merged tokens in slot order; meaningless where slots are padding. `wrap` is applied to each layer's body."""
-        slots = batch.patches.shape[-2]
         head_dim = self.config.hidden_size // self.config.num_heads
         angles = vision_angles(batch.coordinates, head_dim)
         rope = jnp.cos(angles), jnp.sin(angles)
         graphdef, stacked = nnx.split(self.blocks)
-        windows, whole = self.config.window_slots, self.config.full_attention_blocks
-        full = [i in whole or not self.config.window_tokens for i in range(self.config.depth)]
+        full_blocks, windowed = self.config.full_attention_blocks, self.config.window_tokens
+        full = [i in full_blocks or not windowed for i in range(self.config.depth)]
+        frames = KeyIntervals(batch.low, batch.high, causal=False)
+        masks = {kind: frames if kind else window_intervals(frames, self.config.window_slots) for kind in set(full)}
 
-        def layer(window: int, x: Array, state: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, state)(x, rope, batch.segment_ids, window), None
+        def layer(mask: KeyIntervals, x: Array, state: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graphdef, state)(x, rope, mask, attend), None
 
-        bodies = {kind: wrap(functools.partial(layer, slots if kind else windows)) for kind in set(full)}
+        bodies = {kind: wrap(functools.partial(layer, mask)) for kind, mask in masks.items()}
         x = self.patch(batch.patches.astype(self.dtype))
         period = smallest_period(full)
 

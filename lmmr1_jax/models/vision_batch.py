@@ -9,8 +9,8 @@ row, each at its own place in the window:
                                                                      k l m n                 o . . .
                                                                      . . . .                 . . . .
 
-Without windows (Qwen2-VL) an image's units simply follow each other. A video is an image of several frames; a
-frame is an attention segment of its own, as in transformers.
+Without windows (Qwen2-VL) an image's units simply follow each other. A video is an image of several frames; the
+patches of a frame attend to each other and to no others, as in transformers.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def pack_images(
     unit = config.merge_unit
     patches = np.zeros((rows, slots, config.patch_values), np.float32)
     coordinates = np.zeros((rows, slots, 2), np.int32)
-    segment_ids = np.zeros((rows, slots), np.int32)
-    frames = [0] * rows
+    low, high = (np.zeros((rows, slots), np.int32) for _ in range(2))
     token_slots = []
     for (row, start), (values, grid) in zip(places, images, strict=True):
         t, h, w = (int(n) for n in grid)
@@ -111,7 +110,8 @@ def pack_images(
         at = (start + units[:, None] * unit + np.arange(unit)).reshape(-1)
         patches[row, at] = values
         coordinates[row, at] = patch_coordinates(grid, config)
-        segment_ids[row, at] = frames[row] + 1 + np.repeat(np.arange(t), h * w)
-        frames[row] += t
+        of_frame = slots_needed((1, h, w), config)
+        low[row, at] = start + of_frame * np.repeat(np.arange(t), h * w)
+        high[row, at] = low[row, at] + of_frame
         token_slots.append(((row * slots + start) // unit + units).astype(np.int32))
-    return VisionBatch(patches, coordinates, segment_ids), token_slots
+    return VisionBatch(patches, coordinates, low, high), token_slots

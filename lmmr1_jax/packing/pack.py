@@ -6,13 +6,13 @@
     reference = scatter(reference_log_probs_per_completion, batch)                  # [n, R, M]
     per_completion = gather(log_probs, batch, completions)                          # and back
 
-A row, with its segments, positions and response slots (completion a of tokens a0 a1 a2 is predicted from the
-prompt's last token, a0 and a1; a2 itself is never read):
+A row, with the queries that see each token (from low to before high), positions and response slots (completion a of
+tokens a0 a1 a2 is predicted from the prompt's last token, a0 and a1; a2 itself is never read):
 
     index      0  1  2  3  4  5        slot       0  1  2  3  4
     tokens     P0 P1 P2 a0 a1 b0       target     a0 a1 a2 b0 b1
-    segment    1  1  1  2  2  3        source     2  3  4  2  5
-    prefix     1  1  1  1  1  1        completion 0  0  0  1  1
+    low        0  1  2  3  4  5        source     2  3  4  2  5
+    high       6  6  6  5  5  6        completion 0  0  0  1  1
     position   0  1  2  3  4  3
 """
 
@@ -57,7 +57,7 @@ def pack(
     n, rows, length, slots = shapes.micro_batches, shapes.rows, shapes.row_length, shapes.response_slots
     if len(batches) > n:
         raise ValueError(f"{len(batches)} micro-batches are needed, the shapes have {n}: grow them first")
-    tokens, segments, prefixes = (np.zeros((n, rows, length), np.int32) for _ in range(3))
+    tokens, low, high = (np.zeros((n, rows, length), np.int32) for _ in range(3))
     positions = np.zeros((n, 3, rows, length), np.int32)
     image_slots = np.full((n, rows, length), -1, np.int32)
     source, target = (np.zeros((n, rows, slots), np.int32) for _ in range(2))
@@ -69,12 +69,12 @@ def pack(
         token_slots = _encode_images(m, batch, groups, shapes, vision, patches_of, images)
         for r, pieces in enumerate(batch.rows):
             row = _Row(
-                tokens[m, r], segments[m, r], prefixes[m, r], positions[m, :, r], image_slots[m, r],
+                tokens[m, r], low[m, r], high[m, r], positions[m, :, r], image_slots[m, r],
                 source[m, r], target[m, r], completion[m, r],
             )  # fmt: skip
             for piece in pieces:
                 group = groups[piece.group]
-                row.add(piece, group, first[piece.group], token_slots.get(piece.group), shapes.share_prompts)
+                row.add(piece, group, first[piece.group], token_slots.get(piece.group))
 
     everyone = [done for group in groups for done in group.completions]
     zeros = [np.zeros(len(done.token_ids), np.float32) for done in everyone]
@@ -85,8 +85,8 @@ def pack(
     ]
     return PackedBatch(
         tokens=tokens,
-        segment_ids=segments,
-        prefix_ids=prefixes,
+        low=low,
+        high=high,
         positions=positions,
         image_slots=image_slots,
         source=source,
@@ -146,36 +146,34 @@ def _slots_in_order(flat: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarra
 class _Row:
     """A row being filled: views into the batch's arrays and how far they are full."""
 
-    def __init__(self, tokens, segments, prefixes, positions, images, source, target, completion):
-        self.tokens, self.segments, self.prefixes, self.positions = tokens, segments, prefixes, positions
+    def __init__(self, tokens, low, high, positions, images, source, target, completion):
+        self.tokens, self.low, self.high, self.positions = tokens, low, high, positions
         self.images, self.source, self.target, self.completion = images, source, target, completion
-        self.at = self.slot = self.segment = 0
+        self.at = self.slot = 0
 
-    def add(self, piece: Piece, group: Rollout, first: int, token_slots: np.ndarray | None, share: bool) -> None:
+    def add(self, piece: Piece, group: Rollout, first: int, token_slots: np.ndarray | None) -> None:
         """Appends a prompt and some of its completions, whose numbers start at `first`."""
         encoded = group.encoded
-        self.segment += 1
-        prompt_segment, start = self.segment, self.at
-        end = self._write(encoded.token_ids, encoded.positions, prompt_segment, prompt_segment)
+        start = self.at
+        end = self._write(encoded.token_ids, encoded.positions)
         if token_slots is not None:
             self.images[start + encoded.image_slots] = token_slots
         for i in piece.completions:
             ids = np.asarray(group.completions[i].token_ids)
-            if share:
-                self.segment += 1
             body = self.at
             positions = np.broadcast_to(encoded.next_position + np.arange(len(ids) - 1), (3, len(ids) - 1))
-            self._write(ids[:-1], positions, self.segment, prompt_segment)
+            self._write(ids[:-1], positions)
             here = slice(self.slot, self.slot + len(ids))
             self.source[here] = np.concatenate([[end - 1], body + np.arange(len(ids) - 1)])
             self.target[here] = ids
             self.completion[here] = first + i
             self.slot += len(ids)
+        self.high[start:end] = self.at  # the prompt is seen by all of them
 
-    def _write(self, ids: np.ndarray, positions: np.ndarray, segment: int, prefix: int) -> int:
+    def _write(self, ids: np.ndarray, positions: np.ndarray) -> int:
         here = slice(self.at, self.at + len(ids))
         self.tokens[here], self.positions[:, here] = ids, positions
-        self.segments[here], self.prefixes[here] = segment, prefix
+        self.low[here], self.high[here] = np.arange(here.start, here.stop), here.stop
         self.at += len(ids)
         return self.at
 
@@ -187,7 +185,8 @@ def _empty_vision(shapes: PackShapes, vision: VisionConfig | None) -> VisionBatc
     return VisionBatch(
         patches=np.zeros((*lead, vision.patch_values), np.float32),
         coordinates=np.zeros((*lead, 2), np.int32),
-        segment_ids=np.zeros(lead, np.int32),
+        low=np.zeros(lead, np.int32),
+        high=np.zeros(lead, np.int32),
     )
 
 
@@ -211,7 +210,7 @@ def _encode_images(
         slots=shapes.image_slots,
         rows=shapes.image_rows,
     )
-    out.patches[m], out.coordinates[m], out.segment_ids[m] = made.patches, made.coordinates, made.segment_ids
+    out.patches[m], out.coordinates[m], out.low[m], out.high[m] = made.patches, made.coordinates, made.low, made.high
     return {
         number: np.concatenate([slots for owner, slots in zip(owners, token_slots, strict=True) if owner == number])
         for number in dict.fromkeys(owners)

@@ -42,7 +42,9 @@ def build_critic(config: TrainConfig, processor: Processor, policy: Network, sou
     model = read_architecture(folder)
     # Tied, so that there is no head over the vocabulary.
     body = dataclasses.replace(model, text=dataclasses.replace(model.text, tie_word_embeddings=True))
-    backbone = build(body, policy.compute_dtype, config.learner.remat, activation_constraint(mesh))
+    backbone = build(
+        body, policy.compute_dtype, config.learner.remat, activation_constraint(mesh), policy.attention
+    )
     return own_critic(backbone, logical_axes(layout(model, "score")))
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from lmmr1_jax.config.schema import ModelConfig, TrainConfig
 from lmmr1_jax.data.processor import Processor
+from lmmr1_jax.models.attention.backends import resolve
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh, sharding_of
 from lmmr1_jax.rollout.engines.open import open_sampler
@@ -97,7 +98,11 @@ def assemble_policy(config: TrainConfig) -> PolicyModel:
     )
     mesh = make_mesh(config.mesh)
     network = build(
-        processor.config, compute_dtype(config.model), config.learner.remat, activation_constraint(mesh)
+        processor.config,
+        compute_dtype(config.model),
+        config.learner.remat,
+        activation_constraint(mesh),
+        resolve(config.model.attention),
     )
     sampler = JaxSampler(
         network,

@@ -118,6 +118,7 @@ def build_rewards(
                 compute_dtype=policy.network.compute_dtype,
                 learner=config.learner,
                 max_new_tokens=config.rollout.max_new_tokens,
+                attention=policy.network.attention,
             )
             sources.append(model)
         started.pop_all()  # `Rewards` closes them from here on

@@ -13,35 +13,37 @@ class VisionBatch:
     """Patches of many images in rows of fixed length, with all their geometry as data.
 
     A row holds whole images one after the other and is attended to on its own. Where the tower has windows,
-    patches stand window by window and each window is padded to its full number of patches (64 for Qwen2.5-VL);
-    a padding slot has segment 0. Four neighbouring slots merge into one token.
+    patches stand window by window and each window is padded to its full number of patches (64 for Qwen2.5-VL).
+    Four neighbouring slots merge into one token.
 
     Attributes:
       patches: float32 `[..., rows, slots, patch_values]` (1176 values for 14x14 patches of two RGB frames).
       coordinates: int32 `[..., rows, slots, 2]`, the patch's row and column in its image, for the rotary embedding.
-      segment_ids: int32 `[..., rows, slots]`; frames are numbered from 1 within a row, 0 is padding.
+      low, high: int32 `[..., rows, slots]`, the slots from `low` to before `high` are the patch's frame; both 0 at
+        padding (see `models.attention.mask`).
     """
 
     patches: np.ndarray
     coordinates: np.ndarray
-    segment_ids: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedBatch:
     """A minibatch as the learner takes it: micro-batches of rows of fixed length, padded to a fixed number.
 
-    In a row a group's prompt stands once and its completions follow. A query may see an earlier key of the row when
-    both have the same segment, or when the key's segment is the query's prefix. What is predicted lives in
-    response slots: slot m of a row predicts `target[m]` from the hidden state at `source[m]`; the first token of
-    every completion is predicted from the prompt's last token.
+    In a row a group's prompt stands once and its completions follow. A prompt's token is seen by what follows it in
+    the group, a completion's by what follows it in the completion. What is predicted lives in response slots: slot m
+    of a row predicts `target[m]` from the hidden state at `source[m]`; the first token of every completion is
+    predicted from the prompt's last token.
 
     n = micro-batches, R = rows, L = row length, M = response slots of a row.
 
     Attributes:
       tokens: int32 `[n, R, L]`.
-      segment_ids: int32 `[n, R, L]`, from 1 within a row, 0 is padding.
-      prefix_ids: int32 `[n, R, L]`, the segment of the token's prompt; a prompt token's own segment.
+      low, high: int32 `[n, R, L]`, the queries of the row, from `low` to before `high`, that see this token; both 0
+        at padding (see `models.attention.mask`).
       positions: int32 `[n, 3, R, L]`.
       image_slots: int32 `[n, R, L]`, index of the merged image token (over the micro-batch's vision rows,
         flattened) that stands here, -1 where text stands.
@@ -60,8 +62,8 @@ class PackedBatch:
     """
 
     tokens: np.ndarray
-    segment_ids: np.ndarray
-    prefix_ids: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
     positions: np.ndarray
     image_slots: np.ndarray
     source: np.ndarray

@@ -12,6 +12,7 @@ import pytest
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, LearnerConfig, MeshConfig, TrainConfig
 from lmmr1_jax.learner.objectives.value import CRITIC, SCORE, initial_head, own_critic, shared_critic
 from lmmr1_jax.learner.state import POLICY
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.packing.pack import PackShapes, pack, scatter
 from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.run.learner_setup import assemble_learner
@@ -89,7 +90,7 @@ def dense_values(params, score, inputs):
     network = setting()[0]
     model = network.bind(params)
     x = model.embed(inputs["tokens"], inputs["slots"], model.encode_images(inputs["vision"]))
-    hidden = model.hidden(x, inputs["positions"], inputs["segments"], inputs["segments"])
+    hidden = model.hidden(x, inputs["positions"], causal_intervals(inputs["lengths"], x.shape[1]))
     return jnp.roll((hidden @ score)[..., 0], 1, 1)
 
 

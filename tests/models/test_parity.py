@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import oracle  # noqa: E402
 
+from lmmr1_jax.models.attention.mask import KeyIntervals, causal_intervals  # noqa: E402
 from lmmr1_jax.models.network import build, layer_params  # noqa: E402
 from lmmr1_jax.models.positions import prompt_positions  # noqa: E402
 from lmmr1_jax.models.vision_batch import pack_images  # noqa: E402
@@ -36,10 +37,10 @@ def compiled(network_id):
     network = _networks[network_id]
 
     @jax.jit
-    def logits(params, tokens, positions, segments, prefixes, image_slots, vision):
+    def logits(params, tokens, positions, low, high, image_slots, vision):
         model = network.bind(params)
         features = None if vision is None else model.encode_images(vision)
-        hidden = model.hidden(model.embed(tokens, image_slots, features), positions, segments, prefixes)
+        hidden = model.hidden(model.embed(tokens, image_slots, features), positions, KeyIntervals(low, high))
         return hidden @ model.head_embedding().T
 
     return logits
@@ -49,7 +50,7 @@ _networks = {}
 
 
 def logits_of(folder, row, patches=(), grids=()):
-    """Our logits of one row: a dict of tokens [L], positions [3, L], segments [L], prefixes [L], padded to LENGTH."""
+    """Our logits of one row: a dict of tokens [L], positions [3, L], low [L], high [L], padded to LENGTH."""
     network, params = network_and_params(folder)
     _networks[id(network)] = network
     length = len(row["tokens"])
@@ -70,8 +71,8 @@ def logits_of(folder, row, patches=(), grids=()):
         params,
         padded(row["tokens"])[None],
         padded(row["positions"])[:, None],
-        padded(row["segments"])[None],
-        padded(row["prefixes"])[None],
+        padded(row["low"])[None],
+        padded(row["high"])[None],
         slots[None],
         vision,
     )
@@ -80,8 +81,7 @@ def logits_of(folder, row, patches=(), grids=()):
 
 def plain_row(folder, tokens, grids, **seconds):
     positions, _ = prompt_positions(tokens, grids, network_and_params(folder)[0].config, **seconds)
-    ones = np.ones(len(tokens), np.int32)
-    return dict(tokens=tokens, positions=positions, segments=ones, prefixes=ones)
+    return dict(tokens=tokens, positions=positions, low=np.arange(len(tokens)), high=np.full(len(tokens), len(tokens)))
 
 
 def interleaved(grids, token="<|image_pad|>", seed=0):
@@ -154,25 +154,21 @@ def test_any_pattern_of_window_and_full_layers_equals_transformers(blocks):
 
 def shared_prefix_row(folder, groups):
     """One row of (prompt tokens, grids, completions): prompts once, completions behind, positions going on."""
-    parts, segment, where = {k: [] for k in ("tokens", "positions", "segments", "prefixes")}, 0, []
+    parts, where = {k: [] for k in ("tokens", "positions", "high")}, []
     config = network_and_params(folder)[0].config
     for prompt, grids, completions in groups:
         positions, following = prompt_positions(prompt, grids, config)
-        segment += 1
-        prefix, start = segment, len(parts["tokens"])
-        pieces = [(prompt, positions, prefix)]
+        start = len(parts["tokens"])
+        parts["tokens"] += list(prompt)
+        parts["positions"].append(positions)
+        parts["high"] += [start + len(prompt) + sum(map(len, completions))] * len(prompt)
         for completion in completions:
-            segment += 1
-            pieces.append((completion, np.tile(following + np.arange(len(completion)), (3, 1)), segment))
-        for tokens, positions, own in pieces:
-            if own != prefix:
-                where.append((start, len(prompt), len(parts["tokens"]), len(tokens)))
-            parts["tokens"] += list(tokens)
-            parts["positions"].append(positions)
-            parts["segments"] += [own] * len(tokens)
-            parts["prefixes"] += [prefix] * len(tokens)
+            where.append((start, len(prompt), len(parts["tokens"]), len(completion)))
+            parts["tokens"] += list(completion)
+            parts["positions"].append(np.tile(following + np.arange(len(completion)), (3, 1)))
+            parts["high"] += [len(parts["tokens"])] * len(completion)
     parts["positions"] = np.concatenate(parts["positions"], 1)
-    return parts, where
+    return parts | {"low": np.arange(len(parts["tokens"]))}, where
 
 
 @pytest.mark.parametrize("kind", oracle.KINDS)
@@ -202,23 +198,21 @@ def test_a_cached_step_through_single_layers_equals_the_whole_sequence():
     network, params = network_and_params(folder)
     tokens = np.asarray(oracle.text_tokens(12, 4))[None]
     positions = np.tile(np.arange(12), (3, 1, 1))
-    ones = np.ones_like(tokens)
+    before, all_of_them = (causal_intervals(np.array([n]), n) for n in (11, 12))
+    seen_by_one = KeyIntervals(np.zeros((1, 12), np.int32), np.ones((1, 12), np.int32), causal=False)
 
     @jax.jit
     def both(params):
         model = network.bind(params)
-        whole = model.hidden(model.embed(tokens), positions, ones, ones)
-        _, keys, values = model.prefill(model.embed(tokens[:, :-1]), positions[..., :-1], ones[:, :-1], ones[:, :-1])
+        whole = model.hidden(model.embed(tokens), positions, all_of_them)
+        _, keys, values = model.prefill(model.embed(tokens[:, :-1]), positions[..., :-1], before)
         x = model.embed(tokens[:, -1:])
         rope = network.rope(positions[..., -1:])
         for i in range(network.config.text.num_layers):
             layer = network.bind_layer(layer_params(params, i))
             q, k, v = layer.project(x, rope)
             k, v = jnp.concatenate([keys[i], k], 1), jnp.concatenate([values[i], v], 1)
-            attended = attend(
-                q, k, v, query_segments=ones[:, -1:], key_segments=ones,
-                query_index=np.array([[11]]), key_index=np.arange(12)[None],
-            )  # fmt: skip
+            attended, _ = attend(q, k, v, seen_by_one)
             x = layer.finish(x, attended)
         return whole[:, -1:], model.language.norm(x)
 
@@ -243,8 +237,8 @@ def test_remat_policies_change_neither_loss_nor_gradient():
         def loss(params, network=network, vision=vision, image_slots=image_slots):
             model = network.bind(params)
             x = model.embed(tokens[None], image_slots, model.encode_images(vision))
-            ones = np.ones_like(tokens)[None]
-            return jnp.mean(jnp.sin(model.hidden(x, row["positions"][:, None], ones, ones)))
+            mask = causal_intervals(np.array([len(tokens)]), len(tokens))
+            return jnp.mean(jnp.sin(model.hidden(x, row["positions"][:, None], mask)))
 
         results.append(jax.jit(jax.value_and_grad(loss))(params))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(results[0][1]))

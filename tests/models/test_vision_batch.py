@@ -37,15 +37,18 @@ def test_every_merged_token_finds_its_own_four_patches(window):
     for i, (grid, places) in enumerate(zip(grids, token_slots, strict=True)):
         assert len(places) == np.prod(grid) // 4
         np.testing.assert_array_equal(merged[places].reshape(-1), 1000.0 * (i + 1) + np.arange(np.prod(grid)))
-    assert (batch.segment_ids > 0).sum() == sum(int(np.prod(g)) for g in grids)
-    assert not batch.patches[batch.segment_ids == 0].any()
+    assert (batch.high > 0).sum() == sum(int(np.prod(g)) for g in grids)
+    assert not batch.patches[batch.high == 0].any()
 
 
-def test_frames_are_segments_and_rows_number_them_anew():
+def test_every_patch_is_seen_by_its_frames_slots():
     config = tower(112)
     batch, _ = pack_images([marked((2, 8, 8), 0), marked((1, 4, 4), 0), marked((1, 8, 8), 0)], config, slots=192)
-    counts = [np.bincount(row, minlength=4).tolist() for row in batch.segment_ids]
-    assert counts == [[48, 64, 64, 16], [128, 64, 0, 0]]
+    first, small = [(0, 64)] * 64 + [(64, 128)] * 64, [(128, 192), (0, 0)]
+    assert list(zip(batch.low[0], batch.high[0], strict=True))[:128] == first
+    assert sorted(set(zip(batch.low[0, 128:], batch.high[0, 128:], strict=True)), reverse=True) == small
+    assert (batch.high[0, 128:] > 0).sum() == 16
+    assert list(zip(batch.low[1], batch.high[1], strict=True)) == [(0, 64)] * 64 + [(0, 0)] * 128
 
 
 def test_coordinates_follow_the_merge_units():
@@ -61,7 +64,7 @@ def test_images_go_to_the_first_row_with_room():
     batch, token_slots = pack_images(images, config, slots=128, rows=3)
     assert batch.patches.shape == (3, 128, 1176)
     assert [int(places[0]) for places in token_slots] == [0, 32, 16]
-    assert not batch.segment_ids[2].any()
+    assert not batch.high[2].any()
 
 
 def test_what_does_not_fit_is_an_error():

@@ -64,7 +64,7 @@ def check(groups, batch):
     completions = [(g, c) for g in groups for c in g.completions]
     seen = [set() for _ in completions]
     n = int(batch.micro_batches)
-    assert (batch.completion[n:] == -1).all() and (batch.segment_ids[n:] == 0).all()
+    assert (batch.completion[n:] == -1).all() and (batch.high[n:] == 0).all()
     for m, r, s in np.argwhere(batch.completion >= 0):
         number = batch.completion[m, r, s]
         owner, completion = completions[number]
@@ -72,9 +72,7 @@ def check(groups, batch):
         seen[number].add(t)
         assert batch.target[m, r, s] == completion.token_ids[t]
         query = batch.source[m, r, s]
-        keys = np.arange(query + 1)
-        segments, prefix = batch.segment_ids[m, r, : query + 1], batch.prefix_ids[m, r, query]
-        visible = keys[(segments > 0) & ((segments == segments[query]) | (segments == prefix))]
+        visible = np.flatnonzero((batch.low[m, r] <= query) & (query < batch.high[m, r]))
         expected = np.concatenate([owner.encoded.token_ids, completion.token_ids[:t]])
         assert batch.tokens[m, r, visible].tolist() == expected.tolist()
         after = np.broadcast_to(owner.encoded.next_position + np.arange(t), (3, t))
@@ -121,9 +119,9 @@ def test_a_group_too_long_for_a_row_is_cut_and_its_images_encoded_once(share, pa
     shapes = plan_shapes(groups, learner=learner, max_new_tokens=20, vision=VISION)
     batch = pack(groups, shapes, VISION, patches_of)
     check(groups, batch)
-    assert int(batch.micro_batches) == 1 and (batch.segment_ids[0, :, 0] > 0).sum() >= 2
-    assert len(np.unique(batch.vision.patches[batch.vision.segment_ids > 0][:, 0])) == 16 + 12
-    assert (batch.vision.segment_ids > 0).sum() == 16 + 12
+    assert int(batch.micro_batches) == 1 and (batch.high[0, :, 0] > 0).sum() >= 2
+    assert len(np.unique(batch.vision.patches[batch.vision.high > 0][:, 0])) == 16 + 12
+    assert (batch.vision.high > 0).sum() == 16 + 12
 
 
 def test_a_group_too_long_for_a_micro_batch_brings_its_images_to_each():
@@ -133,7 +131,7 @@ def test_a_group_too_long_for_a_micro_batch_brings_its_images_to_each():
     batch = pack(groups, shapes, VISION, patches_of)
     check(groups, batch)
     used = int(batch.micro_batches)
-    assert used == 3 and ((batch.vision.segment_ids > 0).sum((1, 2))[:used] == 16).all()
+    assert used == 3 and ((batch.vision.high > 0).sum((1, 2))[:used] == 16).all()
 
 
 def test_text_alone_needs_no_vision_rows():
@@ -149,7 +147,7 @@ def test_a_minibatch_of_text_in_a_run_with_images_has_the_same_structure():
     shapes = plan_shapes(make_groups(2), learner=LearnerConfig(), max_new_tokens=20, vision=VISION)
     groups = make_groups(3, images=False)
     batch = pack(groups, grow(shapes, groups, VISION), VISION, patches_of)
-    assert batch.vision is not None and (batch.vision.segment_ids == 0).all()
+    assert batch.vision is not None and (batch.vision.high == 0).all()
     check(groups, batch)
 
 
@@ -227,7 +225,7 @@ def test_rows_are_as_long_as_pays_off():
     part = [group(rng, i, text=65, lengths=rng.integers(20, 45, 8)) for i in range(32)]
     shapes = plan_shapes(part, learner=LearnerConfig(), max_new_tokens=64, vision=None)
     batch = pack(part, shapes, None, patches_of)
-    assert (batch.segment_ids[: int(batch.micro_batches)] > 0).mean() > 0.75
+    assert (batch.high[: int(batch.micro_batches)] > 0).mean() > 0.75
 
 
 def test_packing_is_a_function_of_its_input():
@@ -302,5 +300,5 @@ def test_rows_are_filled_well_by_groups_of_mixed_lengths():
     groups = make_groups(11, count=64, generations=8, limit=64, images=False)
     shapes = plan_shapes(groups, learner=LearnerConfig(), max_new_tokens=64, vision=None, tokens_per_device=2048)
     batch = pack(groups, shapes, None, patches_of)
-    used = batch.segment_ids[: int(batch.micro_batches)]
+    used = batch.high[: int(batch.micro_batches)]
     assert (used > 0).mean() > 0.8

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
@@ -88,10 +89,10 @@ def policy_log_probs(network, params, temperature: float):
     banned = jnp.zeros(TEXT.vocab_size, bool).at[jnp.asarray(BANNED)].set(True)
 
     @jax.jit
-    def all_log_probs(tokens, segments):
+    def all_log_probs(tokens, lengths):
         model = network.bind(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), (3, *tokens.shape))
-        hidden = model.hidden(model.embed(tokens), positions, segments, segments)[:, :-1]
+        hidden = model.hidden(model.embed(tokens), positions, causal_intervals(lengths, 96))[:, :-1]
         table, targets = model.head_embedding(), tokens[:, 1:]
         return token_log_probs(hidden, table, targets, banned=banned, temperature=temperature, chunk=64)[0][0]
 
@@ -99,8 +100,7 @@ def policy_log_probs(network, params, temperature: float):
         start, end = len(encoded.token_ids), len(encoded.token_ids) + len(completion)
         tokens = np.zeros((1, 96), np.int32)
         tokens[0, :end] = [*encoded.token_ids, *completion]
-        segments = (np.arange(96) < end).astype(np.int32)[None]
-        return np.asarray(all_log_probs(tokens, segments))[start - 1 : end - 1]
+        return np.asarray(all_log_probs(tokens, np.array([end])))[start - 1 : end - 1]
 
     return of_completion
 

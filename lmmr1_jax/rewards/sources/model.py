@@ -85,6 +85,7 @@ def open_model(
     compute_dtype: Any,
     learner: LearnerConfig,
     max_new_tokens: int,
+    attention: str = "xla",
 ) -> RewardModelSource:
     """The reward model of an entry of `rewards.models`; the arguments as `RewardModel` takes them.
 
@@ -103,6 +104,7 @@ def open_model(
             image_format=image_format,
             learner=learner,
             max_new_tokens=max_new_tokens,
+            attention=attention,
         )
     except CheckpointError as error:
         raise UserError(

@@ -58,6 +58,7 @@ class RewardModel:
         image_format: ImageFormat | None,
         learner: LearnerConfig,
         max_new_tokens: int,
+        attention: str = "xla",
     ):
         """Reads the folder and puts its weights, in the compute dtype, on the mesh.
 
@@ -68,6 +69,7 @@ class RewardModel:
           image_format: how images become patches; None where the model takes none.
           learner: reads `share_prompts` and `pack`; sizes are chosen anew, for they may be fixed for the policy.
           max_new_tokens: no completion is longer.
+          attention: name of the attention backend.
 
         Raises:
           CheckpointError: the config can't be read or asks for something unsupported, or the weights are not whole or
@@ -80,7 +82,7 @@ class RewardModel:
         self._pad = self.config.pad_token_id
         # Tied, so that there is no head over the vocabulary.
         body = dataclasses.replace(self.config, text=dataclasses.replace(self.config.text, tie_word_embeddings=True))
-        network = build(body, compute_dtype, constrain=activation_constraint(mesh))
+        network = build(body, compute_dtype, constrain=activation_constraint(mesh), attention=attention)
         shardings = sharding_of(mesh, num_heads=num_heads_by_axis(self.config))
         self.params = load(folder, shardings, network.compute_dtype, head="score")
         whole = NamedSharding(mesh, PartitionSpec())

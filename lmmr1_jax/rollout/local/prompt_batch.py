@@ -66,7 +66,6 @@ class PromptBatch:
     Attributes:
       tokens: int32 `[P, L]`.
       positions: int32 `[3, P, L]`.
-      segment_ids: int32 `[P, L]`, 1 at tokens and 0 at padding.
       image_slots: int32 `[P, L]`, the merged image token that stands here, -1 for text.
       lengths: int32 `[P]`, at least 1.
       next_positions: int32 `[P]`, the first completion token's position.
@@ -75,7 +74,6 @@ class PromptBatch:
 
     tokens: np.ndarray
     positions: np.ndarray
-    segment_ids: np.ndarray
     image_slots: np.ndarray
     lengths: np.ndarray
     next_positions: np.ndarray
@@ -98,16 +96,13 @@ def batch_prompts(
     """Lays `batch` out in `rows` rows of `shapes`; rows beyond the batch hold one padding token."""
     tokens = np.zeros((rows, shapes.tokens), np.int32)
     positions = np.zeros((3, rows, shapes.tokens), np.int32)
-    segment_ids = np.zeros((rows, shapes.tokens), np.int32)
     image_slots = np.full((rows, shapes.tokens), -1, np.int32)
     lengths = np.ones(rows, np.int32)
     next_positions = np.zeros(rows, np.int32)
-    segment_ids[len(batch) :, 0] = 1
     for row, encoded in enumerate(batch):
         length = len(encoded.token_ids)
         tokens[row, :length] = encoded.token_ids
         positions[:, row, :length] = encoded.positions
-        segment_ids[row, :length] = 1
         lengths[row], next_positions[row] = length, encoded.next_position
     vision_batch = None
     if shapes.image_rows:
@@ -118,7 +113,7 @@ def batch_prompts(
             if encoded.images:
                 own = np.concatenate([next(remaining) for _ in encoded.images])
                 image_slots[row, encoded.image_slots] = own
-    return PromptBatch(tokens, positions, segment_ids, image_slots, lengths, next_positions, vision_batch)
+    return PromptBatch(tokens, positions, image_slots, lengths, next_positions, vision_batch)
 
 
 def _rows_first_fit(sizes: Sequence[int], slots: int) -> int:

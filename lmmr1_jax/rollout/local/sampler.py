@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.network import Network
 from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
 from lmmr1_jax.rollout.local.prompt_batch import PatchesOf, PromptBatch, PromptShapes, batch_prompts
@@ -269,7 +270,7 @@ def _prefill(params, batch: PromptBatch, *, network: Network):
     model = network.bind(params)
     features = None if batch.vision is None else model.encode_images(batch.vision)
     x = model.embed(batch.tokens, batch.image_slots, features)
-    hidden, keys, values = model.prefill(x, batch.positions, batch.segment_ids, batch.segment_ids)
+    hidden, keys, values = model.prefill(x, batch.positions, causal_intervals(batch.lengths, batch.tokens.shape[1]))
     last = jnp.take_along_axis(hidden, (batch.lengths - 1)[:, None, None], 1)[:, 0]
     return last, keys, values
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.log_probs import token_log_probs
 from lmmr1_jax.models.network import Network
 from lmmr1_jax.rollout.local.prompt_batch import PatchesOf, PromptBatch, PromptShapes, batch_prompts, round_up
@@ -72,7 +73,7 @@ def _score(params, batch: PromptBatch, source, targets, *, network: Network):
     model = network.bind(params)
     features = None if batch.vision is None else model.encode_images(batch.vision)
     x = model.embed(batch.tokens, batch.image_slots, features)
-    hidden = model.hidden(x, batch.positions, batch.segment_ids, batch.segment_ids)
+    hidden = model.hidden(x, batch.positions, causal_intervals(batch.lengths, batch.tokens.shape[1]))
     predicting = jnp.take_along_axis(hidden, source[..., None], 1)
     return token_log_probs(
         predicting, model.head_embedding(), targets, banned=None, temperature=1.0, chunk=LOGITS_CHUNK
