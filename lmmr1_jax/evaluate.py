@@ -14,7 +14,14 @@ import json
 import sys
 from typing import Any
 
-from lmmr1_jax.commands.common import add_sampling_flags, open_out, open_processor, open_sampler, parser
+from lmmr1_jax.commands.common import (
+    add_sampling_flags,
+    open_out,
+    open_processor,
+    open_sampler,
+    parser,
+    sampling_settings,
+)
 from lmmr1_jax.runtime.arguments import above_zero, positive
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
@@ -45,7 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
     from lmmr1_jax.rewards.rules.service import Verifier
     from lmmr1_jax.rollout.evaluation import evaluate
-    from lmmr1_jax.rollout.local.sampler import sampling_key
 
     rewards = RewardsConfig(
         variant=args.variant,
@@ -74,13 +80,9 @@ def main(argv: list[str] | None = None) -> None:
                 processor.decode,
                 verifier,
                 encoded_prompts(prompts, processor, skips),
-                key=sampling_key(args.seed, 0),
-                max_new_tokens=args.max_new_tokens,
+                sampling_settings(args),
                 n=args.n,
                 k=args.k,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
             )
             report = result.report() | {"skipped": dict(skips.counts), "faults": result.faults}
             out.write(json.dumps(report, indent=1) + "\n")

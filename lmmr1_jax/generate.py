@@ -19,6 +19,7 @@ from lmmr1_jax.commands.common import (
     open_processor,
     open_sampler,
     parser,
+    sampling_settings,
     write_line,
 )
 from lmmr1_jax.runtime.cli import run_cli
@@ -34,20 +35,18 @@ def main(argv: list[str] | None = None) -> None:
     processor = open_processor(args)
 
     from lmmr1_jax.data.faults import SkipPrompt
-    from lmmr1_jax.rollout.local.sampler import sampling_key
+    from lmmr1_jax.rollout.sampler import sample
 
+    settings = sampling_settings(args)
     written = failed = 0
     with open_sampler(args, processor) as sampler, open_out(args.out) as out:
         for part in in_parts(encoded_rows(args, processor), LINES_AT_A_TIME):
             groups = iter(
-                sampler.sample(
+                sample(
+                    sampler,
                     [encoded for _, _, encoded in part if not isinstance(encoded, SkipPrompt)],
                     args.n,
-                    max_new_tokens=args.max_new_tokens,
-                    key=sampling_key(args.seed, 0),
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    top_k=args.top_k,
+                    settings,
                 )
             )
             for index, _, encoded in part:

@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         from lmmr1_jax.rollout.evaluation import evaluate
         from lmmr1_jax.rollout.local.sampler import sampling_key
         from lmmr1_jax.rollout.rollout_queue import RolloutQueue
+        from lmmr1_jax.rollout.sampler import SamplingSettings
         from lmmr1_jax.run import setup
         from lmmr1_jax.run.folder import describe_run, open_run_folder
         from lmmr1_jax.run.gap_monitor import LogProbGapMonitor
@@ -119,8 +120,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
                     policy.processor.decode,
                     verifier,
                     held_out.encoded(),
-                    key=sampling_key(config.run.seed, done),
-                    max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                    SamplingSettings(
+                        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+                        temperature=0.0,
+                        key=sampling_key(config.run.seed, done),
+                    ),
                     check=stop.check,
                 )
             if not result.prompts:

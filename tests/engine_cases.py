@@ -26,6 +26,7 @@ from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.rollout.engines import open as engines_open
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
 from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
+from lmmr1_jax.rollout.sampler import SamplerLimits
 from lmmr1_jax.run import setup
 from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
@@ -117,7 +118,7 @@ def noisy(params: Mapping[str, Any], amount: float, seed: int = 0) -> dict[str, 
 def engine_settings(folder: Path, **changes: Any) -> EngineSettings:
     """What a run would tell its engines, but for some fields."""
     chosen = engines_open.engine_settings(
-        config(folder), Processor(folder), on_gpu=False, backend=HostTransport.backend
+        config(folder), Processor(folder), SamplerLimits(), on_gpu=False, backend=HostTransport.backend
     )
     return dataclasses.replace(chosen, **changes)
 

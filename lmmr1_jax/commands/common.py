@@ -46,6 +46,20 @@ def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
     flags.add_argument("--max-num-seqs", type=positive, default=256, help="completions at a time (default: 256)")
 
 
+def sampling_settings(args: argparse.Namespace) -> Any:
+    """The `SamplingSettings` that `add_sampling_flags` asked for."""
+    from lmmr1_jax.rollout.local.sampler import sampling_key
+    from lmmr1_jax.rollout.sampler import SamplingSettings
+
+    return SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        key=sampling_key(args.seed, 0),
+    )
+
+
 def open_processor(args: argparse.Namespace):
     """The model folder's processor.
 
@@ -117,8 +131,9 @@ def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
     """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
     from lmmr1_jax.config.engine_arguments import VLLMS_RANGE, in_vllms_range
     from lmmr1_jax.config.schema import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
-    from lmmr1_jax.rollout.engines.open import open_sampler as open_engines
+    from lmmr1_jax.rollout.engines.open import open_engines
     from lmmr1_jax.rollout.engines.ray_cluster import connected
+    from lmmr1_jax.rollout.sampler import apply_limits
 
     config = TrainConfig(
         run=RunConfig(seed=args.seed),
@@ -131,6 +146,7 @@ def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
     with connected(config.ray, cpus=config.vllm.cpus):
         network, params, _ = open_model(args)
         with open_engines(config, processor, network, Path(args.model)) as sampler:
+            apply_limits(processor, sampler.limits)
             sampler.load(params, version=0)
             yield sampler
 

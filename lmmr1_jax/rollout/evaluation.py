@@ -7,9 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxtyping import Array
-
-from lmmr1_jax.rollout.local.sampler import JaxSampler
+from lmmr1_jax.rollout.sampler import Sampler, SamplingSettings, sample
 from lmmr1_jax.types.records import EncodedPrompt, Reward, Rollout
 
 PROMPTS_AT_A_TIME = 256
@@ -109,22 +107,18 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def evaluate(
-    sampler: JaxSampler,
+    sampler: Sampler,
     decode_text: Callable[[Any], str],
     verifier: Scores,
     encoded: Iterable[EncodedPrompt],
+    settings: SamplingSettings,
     *,
-    key: Array,
-    max_new_tokens: int,
     n: int = 1,
     k: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     prompts_at_a_time: int = PROMPTS_AT_A_TIME,
     check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Samples n completions of each prompt, greedily unless a temperature says otherwise, and judges them.
+    """Samples n completions of each prompt and judges them.
 
     Args:
       decode_text: `Processor.decode`.
@@ -139,15 +133,7 @@ def evaluate(
     results: list[PromptResult] = []
     for batch in _batches(encoded, prompts_at_a_time):
         check()
-        sampled = sampler.sample(
-            batch,
-            n,
-            max_new_tokens=max_new_tokens,
-            key=key,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-        )
+        sampled = sample(sampler, batch, n, settings)
         rollouts = [Rollout(prompt, completions) for prompt, completions in zip(batch, sampled, strict=True)]
         results += score_rollouts(rollouts, decode_text, verifier)
     return Evaluation(n, k, tuple(results))

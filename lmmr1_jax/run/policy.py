@@ -17,10 +17,10 @@ from lmmr1_jax.config.schema import ModelConfig, TrainConfig
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.network import Network, build
 from lmmr1_jax.parallel.sharding import activation_constraint, head_units, make_mesh, sharding_of
-from lmmr1_jax.rollout.engines.open import open_sampler
+from lmmr1_jax.rollout.engines.open import open_engines
 from lmmr1_jax.rollout.engines.ray_cluster import connected
-from lmmr1_jax.rollout.engines.sampler import VllmSampler
 from lmmr1_jax.rollout.local.sampler import JaxSampler
+from lmmr1_jax.rollout.sampler import Sampler, apply_limits
 from lmmr1_jax.runtime.compilation import enable_compilation_cache
 from weights_bridge.load import load
 from weights_bridge.tensor_table import layout, logical_axes
@@ -51,7 +51,7 @@ class PolicyModel:
     processor: Processor
     network: Network
     mesh: Mesh
-    sampler: JaxSampler | VllmSampler
+    sampler: Sampler
     source: Path
 
     def load(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def open_policy(
     """The policy with the sampler that the config names; engines start here and end with the context.
 
     Args:
-      resumed_at, check: see `open_sampler`; `check` also while Ray is waited for.
+      resumed_at, check: see `open_engines`; `check` also while Ray is waited for.
     """
     if config.rollout.sampler == "jax":
         yield assemble_policy(config)
@@ -79,7 +79,8 @@ def open_policy(
     with connected(config.ray, cpus=config.vllm.num_engines * config.vllm.cpus, check=check):
         policy = assemble_policy(config)
         parts = (config, policy.processor, policy.network, policy.source)
-        with open_sampler(*parts, resumed_at=resumed_at, check=check) as sampler:
+        with open_engines(*parts, resumed_at=resumed_at, check=check) as sampler:
+            apply_limits(policy.processor, sampler.limits)
             yield dataclasses.replace(policy, sampler=sampler)
 
 

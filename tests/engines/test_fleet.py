@@ -120,6 +120,14 @@ def test_groups_come_whole_and_once_while_engines_are_killed_again_and_again(fle
     assert len(killed) == 3 * (MOST_ATTEMPTS - 1) == fleet.replaced
 
 
+def test_progress_counts_the_groups_that_came(fleets):
+    fleet = fleets(engines=1, max_num_seqs=2)
+    fleet.load(ThreeBuckets(), 0)
+    told = []
+    fleet.collect(fleet.submit(requests(4)), lambda done, of: told.append((done, of)))
+    assert told == sorted(set(told)) and told[-1] == (4, 4) and {of for _, of in told} == {4}
+
+
 def test_a_request_that_kills_engines_is_blamed_and_no_other(fleets):
     fleet = fleets(restarts=100)
     fleet.load(ThreeBuckets(), 0)

@@ -162,16 +162,27 @@ class Fleet:
             self._hand_out()
         return handle
 
-    def collect(self, handle: SampleHandle) -> list[list[SampledCompletion]]:
+    def collect(
+        self, handle: SampleHandle, progress: Callable[[int, int], None] = lambda done, of: None
+    ) -> list[list[SampledCompletion]]:
         """Waits for a handle's groups; gives weights to engines that came since.
+
+        Args:
+          handle: of `submit`.
+          progress: called with the number of groups that are there, and of all, when some have come.
 
         Raises:
           SamplingFailed: a request can't be served, or no engine is left to serve it.
         """
-        self._until(lambda: not handle.missing or handle.failure is not None)
-        if handle.failure is not None:
-            raise handle.failure
-        return handle.groups
+        seen, wanted = 0, len(handle.groups)
+        while True:
+            self._until(lambda seen=seen: handle.came > seen or handle.came == wanted or handle.failure is not None)
+            if handle.failure is not None:
+                raise handle.failure
+            seen = handle.came
+            progress(seen, wanted)
+            if seen == wanted:
+                return handle.groups
 
     def probe(self, request: GroupRequest) -> list[list[SampledCompletion]]:
         """The request's group from every engine that has weights, before all that waits there.

@@ -20,6 +20,7 @@ from lmmr1_jax.rollout.engines.fleet import Fleet, FleetSettings
 from lmmr1_jax.rollout.engines.protocol import EngineSettings
 from lmmr1_jax.rollout.engines.ray_cluster import reserved
 from lmmr1_jax.rollout.engines.sampler import VllmSampler
+from lmmr1_jax.rollout.sampler import SamplerLimits
 from lmmr1_jax.runtime.errors import UserError
 from weights_bridge.errors import TransportError
 from weights_bridge.stream import TensorStream
@@ -37,7 +38,7 @@ MAX_IMAGE_SLACK = 1 << 20
 
 
 @contextlib.contextmanager
-def open_sampler(
+def open_engines(
     config: TrainConfig,
     processor: Processor,
     network: Network,
@@ -50,8 +51,7 @@ def open_sampler(
 
     Args:
       config: reads `vllm`, `ray`, `rollout`, `eval`, `data` and `run.seed`.
-      processor: the model's; from here on it skips prompts that would leave a completion too few of the model's
-        positions, or have more images than engines expect.
+      processor: the model's.
       network: the model.
       source: its folder.
       resumed_at: the step that the run goes on from: the engines don't draw again what they drew at its start.
@@ -73,9 +73,8 @@ def open_sampler(
     transport = choose_transport(config.vllm, check, on_gpu=on_gpu)
     _log.info("weights travel by %s", transport.name)
     raw_config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    leave_room(processor, raw_config, _longest_completion(config))
-    processor.max_images = config.vllm.max_images
-    settings = engine_settings(config, processor, on_gpu=on_gpu, backend=transport.backend)
+    limits = prompt_limits(config, raw_config)
+    settings = engine_settings(config, processor, limits, on_gpu=on_gpu, backend=transport.backend)
     files = {path.name: path.read_bytes() for pattern in ENGINE_FILES for path in sorted(source.glob(pattern))}
     files.pop("model.safetensors.index.json", None)
     actor = ray.remote(EngineActor)
@@ -106,35 +105,32 @@ def open_sampler(
     with reserved(bundle, config.vllm.num_engines, **room) as places:
         with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
             merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
-            yield VllmSampler(fleet, stream, settings, merge_size)
+            yield VllmSampler(fleet, stream, settings, merge_size, limits)
 
 
 def _longest_completion(config: TrainConfig) -> int:
     return max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
 
 
-def leave_room(processor: Processor, raw_config: Mapping[str, Any], new_tokens: int) -> None:
-    """Lowers the processor's limit to the prompts that vLLM would take.
+def prompt_limits(config: TrainConfig, raw_config: Mapping[str, Any]) -> SamplerLimits:
+    """The prompts that engines take: those that leave a completion its room in the model's positions.
+
+    Args:
+      config: reads `rollout`, `eval` and `vllm`.
+      raw_config: the contents of config.json.
 
     Raises:
-      UserError: it would take none.
+      UserError: there are none.
     """
     text = raw_config.get("text_config") or raw_config
     positions = text.get("max_position_embeddings", raw_config.get("max_position_embeddings"))
-    if positions is None or processor.max_prompt_tokens + new_tokens <= positions:
-        return
-    if positions <= new_tokens:
+    new_tokens = _longest_completion(config)
+    if positions is not None and positions <= new_tokens:
         raise UserError(
             f"rollout.max_new_tokens or eval.max_new_tokens is {new_tokens}, but the model has only {positions} "
             "positions for a prompt with its completion"
         )
-    processor.max_prompt_tokens = positions - new_tokens
-    _log.warning(
-        "prompts of more than %d tokens are skipped: the model has %d positions, and a completion may take %d",
-        processor.max_prompt_tokens,
-        positions,
-        new_tokens,
-    )
+    return SamplerLimits(None if positions is None else positions - new_tokens, config.vllm.max_images)
 
 
 def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: None, *, on_gpu: bool) -> Any:
@@ -161,8 +157,11 @@ def choose_transport(config: VllmConfig, check: Callable[[], None] = lambda: Non
     return HostTransport(**limits)
 
 
-def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, backend: str) -> EngineSettings:
+def engine_settings(
+    config: TrainConfig, processor: Processor, limits: SamplerLimits, *, on_gpu: bool, backend: str
+) -> EngineSettings:
     """What an engine is told, from the run's config."""
+    longest_prompt = min(processor.max_prompt_tokens, limits.max_prompt_tokens or processor.max_prompt_tokens)
     dtype = config.vllm.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
@@ -171,7 +170,7 @@ def engine_settings(config: TrainConfig, processor: Processor, *, on_gpu: bool, 
         dtype=dtype,
         tensor_parallel=config.vllm.tensor_parallel,
         max_num_seqs=config.vllm.max_num_seqs,
-        max_model_len=processor.max_prompt_tokens + _longest_completion(config),
+        max_model_len=longest_prompt + _longest_completion(config),
         gpu_memory_utilization=config.vllm.gpu_memory_utilization,
         kv_cache_bytes=int(kv_cache_gib * 2**30),
         enforce_eager=config.vllm.enforce_eager or not on_gpu,

@@ -23,6 +23,11 @@ class SampleHandle:
         self.missing = requests
         self.failure: SamplingFailed | None = None
 
+    @property
+    def came(self) -> int:
+        """Groups that are there."""
+        return len(self.groups) - self.missing
+
 
 @dataclasses.dataclass(eq=False)
 class Work:
