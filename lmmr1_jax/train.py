@@ -18,6 +18,7 @@ from typing import Any
 
 from lmmr1_jax.config.command_line import parse_train_config
 from lmmr1_jax.config.schema import TrainConfig
+from lmmr1_jax.rollout.sampler_registry import check_sampler
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.device_memory import share_devices
 
@@ -34,6 +35,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     from lmmr1_jax.runtime.stop_signal import StopRequested, StopSignal
 
+    check_sampler(config)
     with contextlib.ExitStack() as open_parts:
         stop = open_parts.enter_context(StopSignal())  # first: a Ctrl-C while JAX is imported is easily lost
         share_devices(config.vllm)

@@ -23,8 +23,9 @@ from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, ModelConfig, Roll
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
-from lmmr1_jax.rollout.engines import open as engines_open
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
+from lmmr1_jax.rollout.engines.transport import init_info
+from lmmr1_jax.rollout.engines.vllm import settings as vllm_settings
 from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
 from lmmr1_jax.rollout.sampler import SamplerLimits
 from lmmr1_jax.run import setup
@@ -117,7 +118,7 @@ def noisy(params: Mapping[str, Any], amount: float, seed: int = 0) -> dict[str, 
 
 def engine_settings(folder: Path, **changes: Any) -> EngineSettings:
     """What a run would tell its engines, but for some fields."""
-    chosen = engines_open.engine_settings(
+    chosen = vllm_settings.engine_settings(
         config(folder), Processor(folder), SamplerLimits(), on_gpu=False, backend=HostTransport.backend
     )
     return dataclasses.replace(chosen, **changes)
@@ -136,7 +137,7 @@ def stream(folder: Path, params: Mapping[str, Any], bucket_bytes: int = ONE_BUCK
 
 def announcement(folder: Path, sent: TensorStream) -> dict[str, Any]:
     """What a learner of the folder's model says of itself."""
-    return engines_open.init_info(json.loads((folder / "config.json").read_text()), sent)
+    return init_info(json.loads((folder / "config.json").read_text()), sent)
 
 
 def short_ids(encoded: EncodedPrompt) -> np.ndarray:

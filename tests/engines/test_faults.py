@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from lmmr1_jax.config.schema import DataConfig, RolloutConfig, TrainConfig, VllmConfig  # noqa: E402
-from lmmr1_jax.rollout.engines.open import open_engines  # noqa: E402
+from lmmr1_jax.rollout.engines.vllm.open import open_engines  # noqa: E402
 from lmmr1_jax.rollout.sampler import SamplingSettings, sample  # noqa: E402
 from lmmr1_jax.run.policy import assemble_policy  # noqa: E402
 from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402

@@ -19,7 +19,7 @@ import oracle  # noqa: E402
 import ray  # noqa: E402
 from image_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
-from lmmr1_jax.rollout.engines.open import open_engines  # noqa: E402
+from lmmr1_jax.rollout.engines.vllm.open import open_engines  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
 from lmmr1_jax.rollout.sampler import SamplingSettings, sample  # noqa: E402
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout  # noqa: E402

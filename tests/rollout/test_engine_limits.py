@@ -12,12 +12,13 @@ import pytest
 from lmmr1_jax.config.schema import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.rollout.engines.open import choose_transport, engine_settings, prompt_limits
 from lmmr1_jax.rollout.engines.protocol import EngineConfigError, EngineFailed, GroupRequest
+from lmmr1_jax.rollout.engines.transport import choose_transport
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.engine import Engine
+from lmmr1_jax.rollout.engines.vllm.settings import engine_settings, prompt_limits
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.rollout.sampler import SamplerLimits, apply_limits
-from lmmr1_jax.run.policy import TINY_MODEL
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Prompt
 from weights_bridge.errors import TransportError

@@ -9,9 +9,9 @@ import pytest
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rewards.rules.grading import grade
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.rollout.sampler import SamplingSettings, sample
-from lmmr1_jax.run.policy import TINY_MODEL
 from lmmr1_jax.tasks.shapes import COLOURS, draw_scene, shape_prompts
 from weights_bridge.load import load
 
