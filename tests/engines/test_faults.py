@@ -62,7 +62,7 @@ class Case:
             assert (group[0].policy_version == version).all()
 
     def await_both(self) -> list[int]:
-        """Process ids by place, when both engines have weights."""
+        """Process ids, when both engines have weights."""
         deadline = time.monotonic() + 120
         while len(self.fleet.infos) < 2 and time.monotonic() < deadline:
             sample(self.sampler, self.prompts[:1], 1, GREEDY)
@@ -183,7 +183,7 @@ def test_an_update_that_engines_refuse_is_none_and_the_next_ones_have_the_whole(
                 yield bucket
 
     said = []
-    case.fleet._say = said.append
+    case.fleet.dispatcher.log = said.append
     case.fleet.load(Strange(), 2)
     case.check(case.sampler.collect(case.submit()), 0, 2)
     assert len(said) == 2 and all("unheard.of" in line and "\n" not in line for line in said)

@@ -28,7 +28,7 @@ _ELSEWHERE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class EngineSlots:
     """Room for engines, reserved in one go: two runs on one cluster can't each take half and wait for the other.
 
     Attributes:
@@ -40,7 +40,7 @@ class Places:
     bundle: Mapping[str, float]
 
     def options(self, index: int) -> dict[str, Any]:
-        """Options of the actor that takes place `index`."""
+        """Options of the actor that takes slot `index`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = {name: amount for name, amount in self.bundle.items() if name not in ("CPU", "GPU")}
@@ -128,7 +128,7 @@ def _no_chatter() -> Iterator[None]:
 @contextlib.contextmanager
 def reserved(
     bundle: Mapping[str, float], count: int, *, label: str, timeout: float, check: Callable[[], None] = lambda: None
-) -> Iterator[Places]:
+) -> Iterator[EngineSlots]:
     """Room for `count` engines, given back with the context.
 
     Args:
@@ -156,7 +156,7 @@ def reserved(
                 raise UserError(
                     f"vllm.num_engines {count}: the cluster has no room for them within ray.timeout: {fault}"
                 )
-        yield Places(group, dict(bundle))
+        yield EngineSlots(group, dict(bundle))
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone
             remove_placement_group(group)

@@ -97,11 +97,11 @@ def open_engines(
     files.pop("model.safetensors.index.json", None)
     actor = ray.remote(EngineActor)
 
-    def make_engine(place: int, made_before: int) -> Any:
+    def make_engine(slot: int, made_before: int) -> Any:
         # Not the same random numbers again: a replaced engine would repeat what it sampled.
-        numbers = np.random.SeedSequence((config.run.seed % 2**32, resumed_at, place, made_before))
+        numbers = np.random.SeedSequence((config.run.seed % 2**32, resumed_at, slot, made_before))
         seed = int(numbers.generate_state(1)[0]) >> 1  # 31 bits
-        options = places.options(place) | {"max_concurrency": 10_000, "max_restarts": 0}
+        options = slots.options(slot) | {"max_concurrency": 10_000, "max_restarts": 0}
         return actor.options(**options).remote(dataclasses.replace(settings, seed=seed), files)
 
     entries = layout(raw_config)
@@ -118,10 +118,10 @@ def open_engines(
         request_timeout=config.vllm.request_timeout,
         restarts=config.vllm.restarts,
     )
-    introduction = init_info(raw_config, stream(network.abstract_params))
+    announced = init_info(raw_config, stream(network.abstract_params))
     room = dict(label=config.vllm.label, timeout=config.ray.timeout, check=check)
-    with reserved(bundle, config.vllm.num_engines, **room) as places:
-        with contextlib.closing(Fleet(bounds, make_engine, transport, introduction, check=check)) as fleet:
+    with reserved(bundle, config.vllm.num_engines, **room) as slots:
+        with contextlib.closing(Fleet(bounds, make_engine, transport, announced, check=check)) as fleet:
             merge_size = processor.config.vision.spatial_merge_size if processor.config.vision else 1
             yield VllmSampler(fleet, stream, settings, merge_size, limits)
 
