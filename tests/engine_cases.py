@@ -35,7 +35,7 @@ from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
 from weights_bridge.tensor_table import read_layout
 from weights_bridge.transports.host import HostTransport
-from weights_bridge.vllm import cuda_builds
+from weights_bridge.vllm import cpu_compat
 
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False)]
 UPDATES = 5
@@ -220,10 +220,8 @@ class PlainVllm:
     """vLLM as anybody would use it, with nothing of ours: its own loader, its own loop, no bridge."""
 
     def __init__(self):
-        site = str(Path(cuda_builds.__file__).parent / "site")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        cuda_builds.tolerate()
+        cpu_compat.activate()
         import vllm
 
         self._vllm = vllm

@@ -46,7 +46,7 @@ async def live():
     return await actor.generate(request)
 
 (completion,) = asyncio.run(live())
-from weights_bridge.vllm import cuda_builds, loader, plugin, receiver
+from weights_bridge.vllm import cpu_compat, loader, plugin, receiver
 loaded = sorted({"jax", "jaxlib", "flax", "vllm"} & sys.modules.keys())
 print(json.dumps([completion.token_ids.tolist(), loaded]))
 """

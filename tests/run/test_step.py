@@ -19,7 +19,7 @@ class Learner:
 def updated(*batches, completions=10, **algorithm):
     """The step, and what it tells after updates with minibatches of so many tokens, whose learner tells so much."""
     network = types.SimpleNamespace(compute_dtype=np.float32)
-    sampler = types.SimpleNamespace(forget=lambda: None)
+    sampler = types.SimpleNamespace(release_params=lambda: None)
     policy = types.SimpleNamespace(sampler=sampler, network=network, load=dict)
     step = Step(TrainConfig(algorithm=AlgorithmConfig(**algorithm)), policy, Learner(), judge=None)
     given = [

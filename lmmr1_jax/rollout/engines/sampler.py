@@ -28,7 +28,7 @@ class VllmSampler:
       limits: the prompts that engines take.
       fleet: the engines.
       stream: makes the stream of parameters that a sync sends.
-      version: of the loaded weights.
+      version: of the loaded weights; None before there are any, and while engines sleep.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class VllmSampler:
         """Nothing is wanted until the next `load`: engines that share the learner's devices give their memory back."""
         if self._settings.sleeps:
             self.fleet.sleep()
+            self.version = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of an engine outlives it."""
@@ -82,7 +83,12 @@ class VllmSampler:
         self.fleet.release_params()
 
     def submit(self, prompts: Sequence[EncodedPrompt], n: int, settings: SamplingSettings) -> SampleHandle:
-        """Begins to sample and returns at once."""
+        """Begins to sample and returns at once.
+
+        Raises:
+          RuntimeError: there are no weights, because none were loaded yet, or none since `sleep`.
+        """
+        self._check_loaded()
         return self.fleet.submit([self._request(prompt, n, settings) for prompt in prompts])
 
     def collect(self, handle: SampleHandle, progress: Progress = no_progress) -> list[tuple[Completion, ...]]:
@@ -94,8 +100,13 @@ class VllmSampler:
         return [_completions(group) for group in self.fleet.collect(handle, progress)]
 
     def probe(self, prompt: EncodedPrompt, n: int, settings: SamplingSettings) -> list[tuple[Completion, ...]]:
-        """n completions of one prompt from every engine, before all that waits."""
+        """n completions of one prompt from every engine, before all that waits; raises as `submit` and `collect`."""
+        self._check_loaded()
         return [_completions(group) for group in self.fleet.probe(self._request(prompt, n, settings, urgent=True))]
+
+    def _check_loaded(self) -> None:
+        if self.version is None:
+            raise RuntimeError("the engines have no weights: load them before sampling, and again after they slept")
 
     def _request(
         self, prompt: EncodedPrompt, n: int, settings: SamplingSettings, *, urgent: bool = False

@@ -29,6 +29,7 @@ from lmmr1_jax.rollout.engines.protocol import (
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.build import one_line
 from weights_bridge.vllm.plugin import HOST_BACKEND
+from weights_bridge.vllm.private import shut_down
 
 IDLE_SECONDS = 0.2
 """How long an idle engine sleeps on its queue before it looks whether it was closed."""
@@ -170,7 +171,7 @@ class Engine:
         finally:
             if self._llm is not None:
                 with contextlib.suppress(Exception):
-                    self._llm.engine_core.shutdown()
+                    shut_down(self._llm)
 
     def _run_commands(self) -> None:
         """All commands that have come; waits for one when there is nothing to sample."""
