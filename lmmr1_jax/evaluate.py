@@ -10,18 +10,14 @@ count as wrong.
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Any
-
-from lmmr1_jax.commands.common import add_sampling_flags, open_out, open_processor, open_sampler, parser
+from lmmr1_jax.commands.common import add_sampling_flags, model_config, parser
 from lmmr1_jax.runtime.arguments import above_zero, positive
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command line."""
     flags = parser("evaluate", __doc__.splitlines()[0])
     add_sampling_flags(flags, temperature=0.0)
     flags.add_argument("--k", type=positive, default=1, help="of pass@k, at most n (default: 1)")
@@ -37,70 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     args = flags.parse_args(argv)
     if args.k > args.n:
         raise UserError(f"--k {args.k} must be at most --n {args.n}")
-    processor = open_processor(args)
+    config = model_config(args)
+    from lmmr1_jax.commands.evaluate import evaluate_file  # JAX comes with it: what is mistyped is answered first
 
-    from lmmr1_jax.config.schema import RewardsConfig
-    from lmmr1_jax.data.prompt_set import read_prompts
-    from lmmr1_jax.data.skips import SkipLog
-    from lmmr1_jax.rewards.rules.assignment import check_sources, choose, readable
-    from lmmr1_jax.rewards.rules.service import Verifier
-    from lmmr1_jax.rollout.evaluation import evaluate
-    from lmmr1_jax.rollout.local.sampler import sampling_key
-
-    rewards = RewardsConfig(
-        variant=args.variant,
-        timeout=args.timeout,
-        workers=args.workers,
-        verifier=args.verifier,
-        verifiers=tuple(args.verifiers),
-    )
-    skips = SkipLog()
-    with Verifier(rewards) as verifier:
-        prompts = read_prompts(
-            args.data,
-            prompt_key=args.prompt_key,
-            answer_key=args.answer_key,
-            verifier_key=args.verifier_key,
-            special_tokens=processor.special_tokens,
-            skips=skips,
-        )
-        prompts = choose(prompts, rewards, args.verifier_key)
-        check_sources(rewards, prompts)
-        if args.variant == "default":
-            prompts = readable(prompts, verifier, skips)
-        with open_sampler(args, processor) as sampler, open_out(args.out) as out:
-            result = evaluate(
-                sampler,
-                processor.decode,
-                verifier,
-                encoded_prompts(prompts, processor, skips),
-                key=sampling_key(args.seed, 0),
-                max_new_tokens=args.max_new_tokens,
-                n=args.n,
-                k=args.k,
-                temperature=args.temperature,
-                top_p=args.top_p,
-                top_k=args.top_k,
-            )
-            report = result.report() | {"skipped": dict(skips.counts), "faults": result.faults}
-            out.write(json.dumps(report, indent=1) + "\n")
-    overall = report["overall"]
-    print(
-        f"{args.out}: {overall['prompts']} prompts, pass@1 {overall['pass@1']:.4f}, pass@{args.k} "
-        f"{overall['pass@k']:.4f}, format {overall['format']:.4f}, {skips.total} rows skipped",
-        file=sys.stderr,
-    )
-
-
-def encoded_prompts(prompts: Any, processor: Any, skips: Any) -> Any:
-    """Encodes prompt after prompt; those that can't be go to `skips`."""
-    from lmmr1_jax.data.faults import SkipPrompt
-
-    for prompt in prompts:
-        try:
-            yield processor.encode(prompt)
-        except SkipPrompt as fault:
-            skips.add(prompt.file, prompt.row, fault.reason, fault.detail)
+    evaluate_file(args, config)
 
 
 if __name__ == "__main__":

@@ -9,65 +9,19 @@ temperature given (1 when greedy), vision tokens banned.
 
 from __future__ import annotations
 
-import sys
-
-from lmmr1_jax.commands.common import (
-    add_sampling_flags,
-    encoded_rows,
-    in_parts,
-    open_out,
-    open_processor,
-    open_sampler,
-    parser,
-    write_line,
-)
+from lmmr1_jax.commands.common import add_sampling_flags, model_config, parser
 from lmmr1_jax.runtime.cli import run_cli
-
-LINES_AT_A_TIME = 64
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """The command line."""
     flags = parser("generate", __doc__.splitlines()[0])
     add_sampling_flags(flags, temperature=1.0)
     args = flags.parse_args(argv)
-    processor = open_processor(args)
+    config = model_config(args)
+    from lmmr1_jax.commands.generate import generate_file  # JAX comes with it: what is mistyped is answered first
 
-    from lmmr1_jax.data.faults import SkipPrompt
-    from lmmr1_jax.rollout.local.sampler import sampling_key
-
-    written = failed = 0
-    with open_sampler(args, processor) as sampler, open_out(args.out) as out:
-        for part in in_parts(encoded_rows(args, processor), LINES_AT_A_TIME):
-            groups = iter(
-                sampler.sample(
-                    [encoded for _, _, encoded in part if not isinstance(encoded, SkipPrompt)],
-                    args.n,
-                    max_new_tokens=args.max_new_tokens,
-                    key=sampling_key(args.seed, 0),
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                    top_k=args.top_k,
-                )
-            )
-            for index, _, encoded in part:
-                written += 1
-                if isinstance(encoded, SkipPrompt):
-                    failed += 1
-                    write_line(out, {"index": index, "error": str(encoded)})
-                    continue
-                completions = [
-                    {
-                        "text": processor.decode(completion.token_ids),
-                        "token_ids": completion.token_ids.tolist(),
-                        "logprobs": completion.log_probs.tolist(),
-                        "finish_reason": completion.finish_reason,
-                    }
-                    for completion in next(groups)
-                ]
-                ids = encoded.token_ids.tolist()
-                write_line(out, {"index": index, "prompt_token_ids": ids, "completions": completions})
-    print(f"{args.out}: {written} lines, {failed} of them errors", file=sys.stderr)
+    generate_file(args, config)
 
 
 if __name__ == "__main__":

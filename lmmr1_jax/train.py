@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lmmr1_jax.config.command_line import parse_train_config
+from lmmr1_jax.rollout.sampler_registry import check_sampler
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.device_memory import reserve_device_memory
 from lmmr1_jax.runtime.stop_signal import StopRequested, StopSignal
@@ -17,6 +18,7 @@ from lmmr1_jax.runtime.stop_signal import StopRequested, StopSignal
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 143 after a signal that ended the run resumably."""
     config = parse_train_config(sys.argv[1:] if argv is None else argv, prog="python -m lmmr1_jax.train")
+    check_sampler(config)
     try:
         with StopSignal() as stop:  # first: a Ctrl-C while JAX is imported is easily lost
             reserve_device_memory(config.vllm.colocate, config.vllm.gpu_memory_utilization)

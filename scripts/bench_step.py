@@ -44,6 +44,7 @@ from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
 from lmmr1_jax.rollout.rollout_queue import RolloutQueue
+from lmmr1_jax.rollout.sampler_registry import SAMPLERS, check_sampler
 from lmmr1_jax.run import setup
 from lmmr1_jax.run.policy import PolicyModel, open_policy
 from lmmr1_jax.run.step import Step
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
     )
     check_ranges(config)
+    check_sampler(config)
     with open_policy(config) as policy:
         result = measure(config, policy, arguments.steps)
     result["command"] = "python scripts/bench_step.py " + " ".join(sys.argv[1:] if argv is None else argv)
@@ -171,7 +173,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, required=True, help="measured steps, beside the first")
     parser.add_argument("--json", required=True, help="where the figures go")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
+    parser.add_argument("--sampler", choices=tuple(SAMPLERS), default="jax")
     parser.add_argument("--staleness", type=int, default=0, help="batches that are sampled ahead; vllm alone")
     parser.add_argument("--engine-cpus", type=int, default=VllmConfig.cpus, help="threads of vLLM's engine on a CPU")
     defaults = LearnerConfig()

@@ -37,10 +37,11 @@ import jax
 import numpy as np
 
 from lmmr1_jax.config.schema import DataConfig, ModelConfig, RolloutConfig, TrainConfig, VllmConfig
-from lmmr1_jax.rollout.engines.open import ENGINE_FILES, open_sampler
 from lmmr1_jax.rollout.engines.ray_cluster import connected
 from lmmr1_jax.rollout.engines.sampler import VllmSampler
-from lmmr1_jax.run.policy import TINY_MODEL, PolicyModel, assemble_policy
+from lmmr1_jax.rollout.engines.vllm.open import ENGINE_FILES, open_engines
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
+from lmmr1_jax.run.policy import PolicyModel, assemble_policy
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.device_memory import release_memory
 from lmmr1_jax.runtime.versions import versions
@@ -146,7 +147,7 @@ def measure(
 ) -> dict[str, Any]:
     """What syncs into this many engines cost."""
     config = dataclasses.replace(config, vllm=dataclasses.replace(config.vllm, engines=engines))
-    with open_sampler(config, policy.processor, policy.network, policy.source) as sampler:
+    with open_engines(config, policy.processor, policy.network, policy.source) as sampler:
         fleet = sampler.fleet
         while len(fleet.built) < engines:
             time.sleep(0.2)

@@ -372,6 +372,7 @@ def measure(params: Params, network: Network, processor: Processor) -> dict[str,
     """Greedy accuracy and format on the 1,024 held-out prompts, and how often sampling is right."""
     from lmmr1_jax.rewards.rules.service import Verifier
     from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
+    from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 
     sampler = JaxSampler(
         network, banned_ids=processor.banned_ids, end_ids=processor.end_ids, patches_of=processor.patches
@@ -381,7 +382,12 @@ def measure(params: Params, network: Network, processor: Processor) -> dict[str,
     found = {}
     with Verifier(RewardsConfig()) as verifier:
         for name, temperature, n in (("greedy", 0.0, 1), ("sampled", 1.0, 8)):
-            groups = sampler.sample(prompts, n, max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature)
+            groups = sample(
+                sampler,
+                prompts,
+                n,
+                SamplingSettings(max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature),
+            )
             texts = [processor.decode(c.token_ids) for group in groups for c in group]
             labels = [encoded.prompt.label for encoded in prompts for _ in range(n)]
             rewards = verifier.score(texts, labels)

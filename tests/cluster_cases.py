@@ -80,16 +80,16 @@ def main() -> None:
         tell("no such resource", **refusal({"CPU": 1, "gpu-box": 0.001}, 1))
         tell("no such label", **refusal({"CPU": 1}, 1, "kind=small"))
         tell("label", **refusal({"CPU": 1}, 1, "kind=big"))
-        with reserved({"CPU": 2, "sampler": 0.001}, 2, label="", timeout=20.0) as places:
+        with reserved({"CPU": 2, "sampler": 0.001}, 2, label="", timeout=20.0) as slots:
             tell("another run's", **refusal({"CPU": 2}, 1))
             said: list[str] = []
 
-            def make_engine(place: int, before: int):
-                options = places.options(place) | {"max_concurrency": 1000}
+            def make_engine(slot: int, before: int):
+                options = slots.options(slot) | {"max_concurrency": 1000}
                 return ray.remote(SmallEngine).options(**options).remote()
 
             settings = FleetSettings(2, 4, 60.0, 60.0, 60.0, 3)
-            fleet = Fleet(settings, make_engine, HostTransport(bucket_bytes=1), {}, say=said.append)
+            fleet = Fleet(settings, make_engine, HostTransport(bucket_bytes=1), {}, log=said.append)
             with contextlib.closing(fleet):
                 fleet.load(ThreeBuckets(), 0)
                 wait_for(fleet, 2)
@@ -109,7 +109,7 @@ def main() -> None:
                 os.kill(fleet.infos[0].pid, signal.SIGKILL)
                 wait_for(fleet, 2)
                 # None is left. Until here engines could take their time to come.
-                fleet._settings = dataclasses.replace(settings, start_timeout=START_TIMEOUT)
+                fleet.dispatcher.settings = dataclasses.replace(settings, start_timeout=START_TIMEOUT)
                 handle = fleet.submit(requests(12, 2000))
                 for node in nodes[1:]:
                     kill_node(node)

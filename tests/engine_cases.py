@@ -22,9 +22,11 @@ from lmmr1_jax.config.schema import LearnerConfig, MeshConfig, ModelConfig, Roll
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
-from lmmr1_jax.rollout.engines import open as engines_open
 from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
+from lmmr1_jax.rollout.engines.transport import init_info
+from lmmr1_jax.rollout.engines.vllm import settings as vllm_settings
 from lmmr1_jax.rollout.engines.vllm.actor import EngineActor
+from lmmr1_jax.rollout.sampler import SamplerLimits
 from lmmr1_jax.run import setup
 from lmmr1_jax.run.policy import assemble_policy
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout
@@ -33,7 +35,7 @@ from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
 from weights_bridge.tensor_table import read_layout
 from weights_bridge.transports.host import HostTransport
-from weights_bridge.vllm import cuda_builds
+from weights_bridge.vllm import cpu_compat
 
 MODELS = [("qwen2", True), ("qwen2", False), ("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False)]
 UPDATES = 5
@@ -116,8 +118,8 @@ def noisy(params: Mapping[str, Any], amount: float, seed: int = 0) -> dict[str, 
 
 def engine_settings(folder: Path, **changes: Any) -> EngineSettings:
     """What a run would tell its engines, but for some fields."""
-    chosen = engines_open.engine_settings(
-        config(folder), Processor(folder), on_gpu=False, backend=HostTransport.backend
+    chosen = vllm_settings.engine_settings(
+        config(folder), Processor(folder), SamplerLimits(), on_gpu=False, backend=HostTransport.backend
     )
     return dataclasses.replace(chosen, **changes)
 
@@ -135,7 +137,7 @@ def stream(folder: Path, params: Mapping[str, Any], bucket_bytes: int = ONE_BUCK
 
 def announcement(folder: Path, sent: TensorStream) -> dict[str, Any]:
     """What a learner of the folder's model says of itself."""
-    return engines_open.init_info(read_architecture(folder), sent)
+    return init_info(read_architecture(folder), sent)
 
 
 def short_ids(encoded: EncodedPrompt) -> np.ndarray:
@@ -218,10 +220,8 @@ class PlainVllm:
     """vLLM as anybody would use it, with nothing of ours: its own loader, its own loop, no bridge."""
 
     def __init__(self):
-        site = str(Path(cuda_builds.__file__).parent / "site")
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
         os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        cuda_builds.tolerate()
+        cpu_compat.activate()
         import vllm
 
         self._vllm = vllm

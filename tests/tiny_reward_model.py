@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 
 
 def write(folder: Path, *, seed: int = 0, score_shape: tuple[int, ...] | None = None, **config: object) -> Path:

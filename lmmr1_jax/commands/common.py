@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lmmr1_jax.config.schema import (
+    DataConfig,
+    LearnerConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    VllmConfig,
+)
+from lmmr1_jax.rollout.sampler_registry import SAMPLERS, sampler_entry
 from lmmr1_jax.runtime.arguments import Parser, count, not_negative, positive, share
 from lmmr1_jax.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from lmmr1_jax.rollout.sampler import Sampler, SamplingSettings
 
 
 def parser(name: str, description: str) -> Parser:
@@ -41,99 +55,79 @@ def add_sampling_flags(flags: Parser, *, temperature: float) -> None:
     flags.add_argument("--top-p", type=share, default=1.0, help="sample from this much of the mass (default: 1, all)")
     flags.add_argument("--top-k", type=count, default=0, help="sample from so many ids (default: 0, all)")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--sampler", choices=("jax", "vllm"), default="jax")
+    flags.add_argument("--sampler", choices=tuple(SAMPLERS), default="jax")
     flags.add_argument("--max-images", type=positive, default=8, help="most images of a prompt, with vllm (default: 8)")
     flags.add_argument("--max-num-seqs", type=positive, default=256, help="completions at a time (default: 256)")
 
 
-def open_processor(args: argparse.Namespace):
-    """The model folder's processor.
+def sampling_settings(args: argparse.Namespace) -> SamplingSettings:
+    """The `SamplingSettings` that `add_sampling_flags` asked for."""
+    from lmmr1_jax.rollout.local.sampler import sampling_key
+    from lmmr1_jax.rollout.sampler import SamplingSettings
+
+    return SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        key=sampling_key(args.seed, 0),
+    )
+
+
+def model_config(args: argparse.Namespace) -> TrainConfig:
+    """What the flags say of model, data and sampler, in the words of a run's config.
 
     Raises:
       UserError: no such folder, or no such data: said before anything is loaded or written.
     """
-    from lmmr1_jax.data.processor import Processor
-
     if not Path(args.model).is_dir():
         raise UserError(f"--model {args.model}: no such folder")
     if not Path(args.data).is_file():
         raise UserError(f"--data {args.data}: no such file")
-    return Processor(
-        args.model,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-        max_prompt_tokens=args.max_prompt_tokens,
-        allow_http=args.allow_http,
-        image_root=args.image_root or None,
-    )
-
-
-def open_model(args: argparse.Namespace) -> tuple[Any, Mapping[str, Any], Any]:
-    """The network, its parameters in the compute dtype, and the mesh (None for a single device)."""
-    import jax
-    import jax.numpy as jnp
-
-    from lmmr1_jax.config.schema import MeshConfig
-    from lmmr1_jax.models.attention.backends import resolve
-    from lmmr1_jax.models.network import build
-    from lmmr1_jax.parallel.sharding import make_mesh, sharding_of
-    from lmmr1_jax.runtime.compilation import enable_compilation_cache
-    from weights_bridge.config_json import read_architecture
-    from weights_bridge.load import load
-
-    enable_compilation_cache()
-    dtype = args.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    network = build(read_architecture(args.model), compute_dtype=jnp.dtype(dtype), attention=resolve("auto"))
-    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
-    params = load(args.model, None if mesh is None else sharding_of(mesh), dtype=jnp.dtype(dtype))
-    return network, params, mesh
-
-
-@contextlib.contextmanager
-def open_sampler(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
-    """The sampler that was asked for, with the model's weights; an engine ends with the context."""
-    if args.sampler == "vllm":
-        with _open_vllm(args, processor) as sampler:
-            yield sampler
-        return
-    from lmmr1_jax.rollout.local.sampler import JaxSampler
-
-    network, params, mesh = open_model(args)
-    sampler = JaxSampler(
-        network,
-        banned_ids=processor.banned_ids,
-        end_ids=processor.end_ids,
-        patches_of=processor.patches,
-        mesh=mesh,
-        max_num_seqs=args.max_num_seqs,
-    )
-    sampler.load(params)
-    yield sampler
-
-
-@contextlib.contextmanager
-def _open_vllm(args: argparse.Namespace, processor: Any) -> Iterator[Any]:
-    """One vLLM engine on this machine. It gets its weights over the bridge, as in a run."""
-    from lmmr1_jax.config.engine_arguments import VLLMS_RANGE, in_vllms_range
-    from lmmr1_jax.config.schema import DataConfig, RolloutConfig, RunConfig, TrainConfig, VllmConfig
-    from lmmr1_jax.rollout.engines.open import open_sampler as open_engines
-    from lmmr1_jax.rollout.engines.ray_cluster import connected
-
     config = TrainConfig(
-        run=RunConfig(seed=args.seed),
-        data=DataConfig(max_pixels=args.max_pixels, max_prompt_tokens=args.max_prompt_tokens),
-        rollout=RolloutConfig(sampler="vllm", max_new_tokens=args.max_new_tokens),
-        vllm=VllmConfig(dtype=args.compute_dtype, max_num_seqs=args.max_num_seqs, max_images=args.max_images),
+        model=ModelConfig(path=args.model, compute_dtype=args.compute_dtype),
+        data=DataConfig(
+            min_pixels=args.min_pixels,
+            max_pixels=args.max_pixels,
+            max_prompt_tokens=args.max_prompt_tokens,
+            allow_http=args.allow_http,
+            image_root=args.image_root,
+        ),
+        learner=LearnerConfig(remat="none"),
     )
-    if args.temperature and not in_vllms_range(args.temperature):
-        raise UserError(f"--temperature is {args.temperature:g}; with --sampler vllm it must be 0 or {VLLMS_RANGE}")
-    with connected(config.ray, cpus=config.vllm.cpus):
-        network, params, _ = open_model(args)
-        with open_engines(config, processor, network, Path(args.model)) as sampler:
-            sampler.load(params, version=0)
-            yield sampler
+    if "sampler" not in args:
+        return config
+    entry = sampler_entry(args.sampler)
+    if args.temperature and not entry.samples_at(args.temperature):
+        fault = f"with --sampler {args.sampler} it must be 0 or {entry.temperature_range}"
+        raise UserError(f"--temperature is {args.temperature:g}; {fault}")
+    return dataclasses.replace(
+        config,
+        run=RunConfig(seed=args.seed),
+        rollout=RolloutConfig(sampler=args.sampler, max_new_tokens=args.max_new_tokens),
+        vllm=VllmConfig(dtype=args.compute_dtype, max_images=args.max_images),
+    )
+
+
+@contextlib.contextmanager
+def open_sampler(args: argparse.Namespace, config: TrainConfig, processor: Any) -> Iterator[Sampler]:
+    """The sampler that was asked for, with the model's weights; it ends with the context. The processor skips prompts
+    that it would not take.
+
+    Args:
+      args: of `add_sampling_flags`.
+      config: of `model_config`.
+      processor: the model's.
+    """
+    from lmmr1_jax.rollout.loaded_model import load_model
+    from lmmr1_jax.rollout.sampler import apply_limits
+
+    entry = sampler_entry(config.rollout.sampler)
+    with entry.open(config, lambda: load_model(config, processor), max_num_seqs=args.max_num_seqs) as opened:
+        model, sampler = opened
+        apply_limits(processor, sampler.limits)
+        sampler.load(model.load(model.network.compute_dtype), 0)
+        yield sampler
 
 
 def encoded_rows(args: argparse.Namespace, processor: Any) -> Iterator[tuple[int, dict[str, Any], Any]]:

@@ -73,7 +73,7 @@ class RolloutConfig:
     """A completion is cut at this many tokens."""
     temperature: float = 1.0
     """Sampling temperature; the learner's log-probs are of the same distribution."""
-    sampler: Literal["jax", "vllm"] = "jax"
+    sampler: str = "jax"
     """`jax` samples on the learner's devices; `vllm` with engines of their own, see `vllm` and `ray`."""
     staleness: int = 0
     """Batches that engines sample ahead of the learner; 0 is strictly on-policy."""

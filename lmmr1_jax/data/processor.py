@@ -49,7 +49,7 @@ class Processor:
       end_ids: ids that end a completion.
       special_tokens: strings that no prompt's text may hold.
       format: how images are sized and normalised; None for a model without vision.
-      max_prompt_tokens, max_images: prompts with more are skipped; samplers lower these limits to their own.
+      max_prompt_tokens, max_images: prompts with more are skipped; `rollout.sampler.apply_limits` lowers them.
     """
 
     def __init__(

@@ -7,9 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-from jaxtyping import Array
-
-from lmmr1_jax.rollout.local.sampler import JaxSampler
+from lmmr1_jax.rollout.sampler import Sampler, SamplingSettings
 from lmmr1_jax.types.records import EncodedPrompt, Reward, Rollout
 
 PROMPTS_AT_A_TIME = 256
@@ -109,24 +107,20 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 
 
 def evaluate(
-    sampler: JaxSampler,
+    sampler: Sampler,
     decode_text: Callable[[Any], str],
     verifier: Scores,
     encoded: Iterable[EncodedPrompt],
+    settings: SamplingSettings,
     *,
-    key: Array,
-    max_new_tokens: int,
     n: int = 1,
     k: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
     prompts_at_a_time: int = PROMPTS_AT_A_TIME,
     check: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     total: int = 0,
 ) -> Evaluation:
-    """Samples n completions of each prompt, greedily unless a temperature says otherwise, and judges them.
+    """Samples n completions of each prompt and judges them.
 
     Args:
       decode_text: `Processor.decode`.
@@ -142,15 +136,12 @@ def evaluate(
     results: list[PromptResult] = []
     for batch in _batches(encoded, prompts_at_a_time):
         check()
-        sampled = sampler.sample(
-            batch,
-            n,
-            max_new_tokens=max_new_tokens,
-            key=key,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-        )
+        before = len(results)
+
+        def sampling(parts: int, of: int, before: int = before, size: int = len(batch)) -> None:
+            progress(before + size * parts // max(of, 1), total)
+
+        sampled = sampler.collect(sampler.submit(batch, n, settings), sampling)
         rollouts = [Rollout(prompt, completions) for prompt, completions in zip(batch, sampled, strict=True)]
         results += score_rollouts(rollouts, decode_text, verifier)
         progress(len(results), total)

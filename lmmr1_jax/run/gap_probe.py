@@ -12,6 +12,7 @@ from lmmr1_jax.learner.learner import Learner
 from lmmr1_jax.packing.pack import PackShapes, gather, grow, pack, plan_shapes
 from lmmr1_jax.packing.shapes import TOKENS_PER_DEVICE
 from lmmr1_jax.parallel.sharding import row_shards
+from lmmr1_jax.rollout.sampler import ProbedSampler, SamplingSettings
 from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.types.records import EncodedPrompt, Rollout
 
@@ -40,12 +41,10 @@ class GapProbe:
           params: the weights that the engines were just given.
         """
         self._prompt = self._prompt or prompt
-        groups = self._policy.sampler.probe(
-            self._prompt,
-            COMPLETIONS,
-            max_new_tokens=min(MOST_TOKENS, self._config.rollout.max_new_tokens),
-            temperature=self._config.rollout.temperature,
-        )
+        sampler: ProbedSampler = self._policy.sampler
+        rollout = self._config.rollout
+        settings = SamplingSettings(min(MOST_TOKENS, rollout.max_new_tokens), rollout.temperature)
+        groups = sampler.probe(self._prompt, COMPLETIONS, settings)
         rollouts = [Rollout(self._prompt, group) for group in groups]
         batch = pack(rollouts, self._fit(rollouts), self._policy.network.config.vision, self._policy.processor.patches)
         scored = gather(self._learner.log_probs(params, batch), batch, int(batch.completions_total))

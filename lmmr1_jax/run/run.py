@@ -19,6 +19,7 @@ from lmmr1_jax.rewards.sources.specs import check_rewards
 from lmmr1_jax.rollout.evaluation import evaluate
 from lmmr1_jax.rollout.local.sampler import sampling_key
 from lmmr1_jax.rollout.rollout_queue import RolloutQueue
+from lmmr1_jax.rollout.sampler import SamplingSettings
 from lmmr1_jax.run import setup
 from lmmr1_jax.run.folder import describe_run, open_run_folder
 from lmmr1_jax.run.gap_monitor import LogProbGapMonitor
@@ -96,8 +97,11 @@ class Run:
                 self.policy.processor.decode,
                 self.verifier,
                 self.held_out.encoded(),
-                key=sampling_key(self.config.run.seed, step),
-                max_new_tokens=self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens,
+                SamplingSettings(
+                    max_new_tokens=self.config.eval.max_new_tokens or self.config.rollout.max_new_tokens,
+                    temperature=0.0,
+                    key=sampling_key(self.config.run.seed, step),
+                ),
                 check=self.stop.check,
                 progress=self.display.progress,
                 total=len(self.held_out.prompts),

@@ -27,9 +27,10 @@ from lmmr1_jax.rewards.sources.function import FunctionSource
 from lmmr1_jax.rewards.sources.http import ServerSource
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import read_functions, read_models, read_servers
+from lmmr1_jax.rollout.loaded_model import EMBEDDED_MODEL
 from lmmr1_jax.run.critic_setup import build_critic, load_critic
 from lmmr1_jax.run.learner_setup import assemble_learner
-from lmmr1_jax.run.policy import EMBEDDED_MODEL, PolicyModel
+from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import FINISH_LENGTH, Completion, Prompt, Rollout
@@ -184,7 +185,7 @@ def introduction(config: TrainConfig, policy: PolicyModel, prompts: int, held_ou
         f"model    {config.model.path or EMBEDDED_MODEL}: {network.config.model_type}, {parameters:,} parameters, "
         f"products in {jnp.dtype(network.compute_dtype).name}",
         f"data     {data or EMBEDDED_DATA}: {prompts:,} prompts to train on, {held_out:,} to evaluate with",
-        f"devices  {devices.size} {kind}, mesh {mesh}",
+        f"devices  {devices.size} {kind}, mesh {mesh}, attention by {network.attention}",
         f"run      {config.run.dir}: {total_steps:,} steps of {rollout.prompts} prompts x {rollout.completions} "
         f"completions, {config.algorithm.name}, sampled by {rollout.sampler}",
     ]

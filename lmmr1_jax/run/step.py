@@ -27,6 +27,7 @@ from lmmr1_jax.packing.shapes import tokens_per_device
 from lmmr1_jax.parallel.sharding import row_shards
 from lmmr1_jax.rollout.dynamic_sampling import replace_equal_groups
 from lmmr1_jax.rollout.local.sampler import sampling_key
+from lmmr1_jax.rollout.sampler import SamplingSettings
 from lmmr1_jax.run.policy import PolicyModel
 from lmmr1_jax.tracking.stopwatch import Stopwatch
 from lmmr1_jax.types.batches import PackedBatch
@@ -80,19 +81,18 @@ class Step:
     def begin(self, prompts: Sequence[EncodedPrompt], done: int, again: int = 0) -> Callable[[], list[Rollout]]:
         """Lets the sampler begin with `prompts`, for the step that `done` steps lie behind; what it returns waits for
         the groups. `again` counts the step's further batches: a prompt that comes twice is not sampled alike."""
-        settings, sampler = self.config.rollout, self.policy.sampler
+        rollout, sampler = self.config.rollout, self.policy.sampler
         key = sampling_key(self.config.run.seed, done)
-        handle = sampler.submit(
-            prompts,
-            settings.completions,
-            max_new_tokens=settings.max_new_tokens,
-            key=jax.random.fold_in(key, again) if again else key,
-            temperature=settings.temperature,
+        settings = SamplingSettings(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
             ignore_ends=self._forced_length,
+            key=jax.random.fold_in(key, again) if again else key,
         )
+        handle = sampler.submit(prompts, rollout.completions, settings)
 
         def collect() -> list[Rollout]:
-            return [Rollout(*pair) for pair in zip(prompts, sampler.collect(handle), strict=True)]
+            return [Rollout(*pair) for pair in zip(prompts, sampler.collect(handle, self._progress), strict=True)]
 
         return collect
 

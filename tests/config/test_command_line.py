@@ -229,26 +229,3 @@ def test_a_config_needs_no_jax():
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ("{", "is no JSON"),
-        ("[]", "must be a JSON object"),
-        ('{"logits_processors": []}', "logits_processors"),
-        ('{"max_num_batched_tokens": 64, "logprobs_mode": "raw_logprobs"}', "logprobs_mode"),
-        ('{"trust_remote_code": true}', "trust_remote_code"),
-    ],
-)
-def test_vllms_arguments_cannot_change_what_is_sampled_or_run(arguments, words):
-    with pytest.raises(UserError, match=f"^vllm.arguments .*{words}"):
-        parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", arguments])
-    parse_train_config(["--rollout.sampler", "vllm", "--vllm.arguments", '{"max_num_batched_tokens": 64}'])
-
-
-@pytest.mark.parametrize("temperature", ["0.005", "2.5"])
-def test_a_temperature_that_vllm_would_change_or_refuse_is_refused_for_vllm_alone(temperature):
-    with pytest.raises(UserError, match="with rollout.sampler vllm it must be from 0.01 to 2"):
-        parse_train_config(["--rollout.sampler", "vllm", "--rollout.temperature", temperature])
-    parse_train_config(["--rollout.temperature", temperature])

@@ -27,7 +27,7 @@ class Pieces:
         """The tensor that each order of its pieces makes."""
         import torch
 
-        from weights_bridge.vllm.cuda_builds import tolerate
+        from weights_bridge.vllm.cpu_compat.cuda_builds import tolerate
 
         tolerate()
         from weights_bridge.vllm.receiver import HostUpdateInfo, HostWeightTransferEngine

@@ -15,14 +15,15 @@ import pytest
 pytest.importorskip("vllm")
 
 from lmmr1_jax.config.schema import DataConfig, RolloutConfig, TrainConfig, VllmConfig  # noqa: E402
-from lmmr1_jax.rollout.engines.open import open_sampler  # noqa: E402
-from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
+from lmmr1_jax.rollout.engines.vllm.open import open_engines  # noqa: E402
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample  # noqa: E402
 from lmmr1_jax.run.policy import assemble_policy  # noqa: E402
 from lmmr1_jax.runtime.errors import SamplingFailed  # noqa: E402
 from lmmr1_jax.tasks.shapes import shape_prompts  # noqa: E402
 from weights_bridge.stream import Piece  # noqa: E402
 
 TOKENS = 48
+GREEDY = SamplingSettings(max_new_tokens=TOKENS, temperature=0.0)
 VLLM = dict(cpus=1, max_num_seqs=16, kv_cache_gib=0.125, max_images=1, bucket_mib=1, sync_timeout=120.0)
 
 
@@ -47,15 +48,13 @@ class Case:
         self.expected = []
         for version, weights in enumerate(self.weights):
             policy.sampler.load(weights, version)
-            self.expected.append(policy.sampler.sample(self.prompts, 1, key=sampling_key(0, 0), **self.greedy))
+            self.expected.append(sample(policy.sampler, self.prompts, 1, GREEDY))
         assert any(
             not np.array_equal(a[0].token_ids, b[0].token_ids) for a, b in zip(*self.expected, strict=True)
         ), "the two versions must differ in what they say"
 
-    greedy = dict(max_new_tokens=TOKENS, temperature=0.0)
-
     def submit(self):
-        return self.sampler.submit(self.prompts, 1, **self.greedy)
+        return self.sampler.submit(self.prompts, 1, GREEDY)
 
     def check(self, groups, weights: int, version: int) -> None:
         for expected, group in zip(self.expected[weights], groups, strict=True):
@@ -63,10 +62,10 @@ class Case:
             assert (group[0].policy_version == version).all()
 
     def await_both(self) -> list[int]:
-        """Process ids by place, when both engines have weights."""
+        """Process ids, when both engines have weights."""
         deadline = time.monotonic() + 120
         while len(self.fleet.infos) < 2 and time.monotonic() < deadline:
-            self.sampler.sample(self.prompts[:1], 1, **self.greedy)
+            sample(self.sampler, self.prompts[:1], 1, GREEDY)
             time.sleep(0.2)
         return [info.pid for info in self.fleet.infos]
 
@@ -75,7 +74,7 @@ class Case:
 def case(cluster):
     policy = assemble_policy(config())
     others = {process.pid for process in engine_processes()}
-    with open_sampler(config(engines=2), policy.processor, policy.network, policy.source) as sampler:
+    with open_engines(config(num_engines=2), policy.processor, policy.network, policy.source) as sampler:
         # The second engine comes late: its process is stopped as soon as it is seen.
         late = await_engines(2, others)[1]
         late.suspend()
@@ -111,7 +110,7 @@ def test_the_run_begins_without_a_late_engine_which_joins_with_current_weights(c
     case.check(case.sampler.collect(case.submit()), 0, 0)
     case.late.resume()
     assert len(case.await_both()) == 2
-    for group in case.sampler.probe(case.prompts[0], 1, max_new_tokens=TOKENS, temperature=0.0):
+    for group in case.sampler.probe(case.prompts[0], 1, GREEDY):
         assert np.array_equal(group[0].token_ids, case.expected[0][0][0].token_ids[: len(group[0].token_ids)])
 
 
@@ -120,7 +119,7 @@ def test_a_killed_engine_costs_no_completion_and_is_replaced_by_another_one_with
     prompt = case.prompts[0]
 
     def of_each_engine():
-        groups = case.sampler.probe(prompt, 8, max_new_tokens=16, temperature=2.0)
+        groups = case.sampler.probe(prompt, 8, SamplingSettings(max_new_tokens=16, temperature=2.0))
         return [[completion.token_ids.tolist() for completion in group] for group in groups]
 
     drawn = of_each_engine()
@@ -184,7 +183,7 @@ def test_an_update_that_engines_refuse_is_none_and_the_next_ones_have_the_whole(
                 yield bucket
 
     said = []
-    case.fleet._say = said.append
+    case.fleet.dispatcher.log = said.append
     case.fleet.load(Strange(), 2)
     case.check(case.sampler.collect(case.submit()), 0, 2)
     assert len(said) == 2 and all("unheard.of" in line and "\n" not in line for line in said)
@@ -198,7 +197,7 @@ def test_what_vllm_refuses_is_said_once_and_at_once(cluster):
     ):
         refused = config(arguments=arguments)
         started = time.monotonic()
-        with open_sampler(refused, policy.processor, policy.network, policy.source) as sampler:
+        with open_engines(refused, policy.processor, policy.network, policy.source) as sampler:
             with pytest.raises(SamplingFailed, match=words) as caught:
                 sampler.load(policy.load(), 0)
         assert "\n" not in str(caught.value) and sampler.fleet.replaced == 0

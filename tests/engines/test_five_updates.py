@@ -19,8 +19,9 @@ import oracle  # noqa: E402
 import ray  # noqa: E402
 from image_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 
-from lmmr1_jax.rollout.engines.open import open_sampler  # noqa: E402
+from lmmr1_jax.rollout.engines.vllm.open import open_engines  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample  # noqa: E402
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Rollout  # noqa: E402
 from weights_bridge.export import export  # noqa: E402
 
@@ -69,14 +70,14 @@ def history(request, cluster, tmp_path_factory) -> History:
     prompts = [prompt(processor, sizes if kind != "qwen2" else [], i) for i, sizes in enumerate(SIZES)]
     gaps, greedy, builtin = [], [], []
     with (
-        open_sampler(student.config, processor, network, folder) as engine,
-        open_sampler(whole, processor, network, folder) as fresh,
+        open_engines(student.config, processor, network, folder) as engine,
+        open_engines(whole, processor, network, folder) as fresh,
     ):
         state = learner.init_state(student.policy.load())
         for version in range(cases.UPDATES + 1):
             engine.load(state.params, version)
             student.policy.sampler.load(state.params, version)
-            groups = engine.sample(prompts, 4, max_new_tokens=NEW_TOKENS)
+            groups = sample(engine, prompts, 4, SamplingSettings(max_new_tokens=NEW_TOKENS))
             sampled = [Rollout(*pair) for pair in zip(prompts, groups, strict=True)]
             own = student.log_probs(state.params, sampled)
             theirs = [completion.log_probs for rollout in sampled for completion in rollout.completions]
@@ -98,7 +99,9 @@ def history(request, cluster, tmp_path_factory) -> History:
 
 
 def likeliest(sampler, prompts) -> list[Completion]:
-    groups = sampler.sample(prompts, 1, max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0), temperature=0)
+    groups = sample(
+        sampler, prompts, 1, SamplingSettings(max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0), temperature=0)
+    )
     return [group[0] for group in groups]
 
 

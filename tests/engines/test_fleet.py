@@ -45,19 +45,19 @@ class ThreeBuckets:
 
 @pytest.fixture
 def fleets(cluster):
-    """Makes fleets, with a fault for each engine by place and how many were made there before; closes them."""
+    """Makes fleets, with a fault for each engine by slot and how many were made there before; closes them."""
     made = []
 
     def fleet(faults=None, settings=PATIENT, make=None, check=lambda: None, **bounds) -> Fleet:
         settings = dataclasses.replace(settings, **bounds)
         said = []
 
-        def make_engine(place: int, before: int):
+        def make_engine(slot: int, before: int):
             actor = ray.remote(SmallEngine).options(num_cpus=0, max_concurrency=1000)
-            return actor.remote((faults or {}).get((place, before), ""))
+            return actor.remote((faults or {}).get((slot, before), ""))
 
         transport = HostTransport(bucket_bytes=1, timeout=settings.sync_timeout, check=check)
-        made.append(Fleet(settings, make or make_engine, transport, {}, say=said.append, check=check))
+        made.append(Fleet(settings, make or make_engine, transport, {}, log=said.append, check=check))
         made[-1].said = said
         return made[-1]
 
@@ -120,6 +120,14 @@ def test_groups_come_whole_and_once_while_engines_are_killed_again_and_again(fle
     assert len(killed) == 3 * (MOST_ATTEMPTS - 1) == fleet.replaced
 
 
+def test_progress_counts_the_groups_that_came(fleets):
+    fleet = fleets(engines=1, max_num_seqs=2)
+    fleet.load(ThreeBuckets(), 0)
+    told = []
+    fleet.collect(fleet.submit(requests(4)), lambda done, of: told.append((done, of)))
+    assert told == sorted(set(told)) and told[-1] == (4, 4) and {of for _, of in told} == {4}
+
+
 def test_a_request_that_kills_engines_is_blamed_and_no_other(fleets):
     fleet = fleets(restarts=100)
     fleet.load(ThreeBuckets(), 0)
@@ -147,7 +155,7 @@ def test_a_probe_that_kills_every_engine_ends_and_says_why(fleets):
         fleet.probe(requests(1, prefix="poison")[0])
 
 
-def test_a_refused_request_fails_its_own_ticket_alone(fleets):
+def test_a_refused_request_fails_its_own_handle_alone(fleets):
     fleet = fleets(engines=1)
     fleet.load(ThreeBuckets(), 0)
     refused = fleet.submit([*requests(4), *requests(1, prefix="refused")])
@@ -271,7 +279,8 @@ def test_engines_that_never_come_are_waited_for_so_long_and_no_longer(fleets):
 def test_an_engine_that_does_not_come_is_missed_aloud_once_and_the_others_go_on(fleets, tmp_path):
     fleet = fleets({(1, 0): f"late {tmp_path / 'now'}"})
     fleet.load(ThreeBuckets(), 0)
-    fleet._settings = dataclasses.replace(PATIENT, start_timeout=1.0)  # not for the first, which may take its time
+    # Not for the first engine, which may take its time.
+    fleet.dispatcher.settings = dataclasses.replace(PATIENT, start_timeout=1.0)
     asked = requests(6)
     deadline = time.monotonic() + 60
     while not fleet.said and time.monotonic() < deadline:
@@ -335,7 +344,7 @@ def test_waiting_for_room_ends_when_the_run_is_stopped(cluster):
 
 @pytest.mark.parametrize("fault", ["", "dies"], ids=["while it samples", "in a sync"])
 def test_a_fleet_that_can_make_no_more_engines_says_so(fleets, fault):
-    def make(place: int, before: int):
+    def make(slot: int, before: int):
         if before:
             raise RuntimeError("the cluster is gone")
         return ray.remote(SmallEngine).options(num_cpus=0, max_concurrency=1000).remote(fault)

@@ -15,7 +15,7 @@ class WithTriton:
         from types import SimpleNamespace
 
         from lmmr1_jax.rollout.engines.vllm.build import set_environment
-        from weights_bridge.vllm.cuda_builds import tolerate
+        from weights_bridge.vllm.cpu_compat.cuda_builds import tolerate
 
         tolerate()
         if prepared:

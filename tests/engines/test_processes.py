@@ -21,6 +21,7 @@ from image_prompts import SIZES, prompt, vision_arguments  # noqa: E402
 from lmmr1_jax.data.processor import Processor  # noqa: E402
 from lmmr1_jax.rollout.engines.protocol import GroupRequest  # noqa: E402
 from lmmr1_jax.rollout.local.sampler import sampling_key  # noqa: E402
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample  # noqa: E402
 from weights_bridge.load import load  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ async def live():
     return await actor.generate(request)
 
 (completion,) = asyncio.run(live())
-from weights_bridge.vllm import cuda_builds, loader, plugin, receiver
+from weights_bridge.vllm import cpu_compat, loader, plugin, receiver
 loaded = sorted({"jax", "jaxlib", "flax", "vllm"} & sys.modules.keys())
 print(json.dumps([completion.token_ids.tolist(), loaded]))
 """
@@ -116,7 +117,9 @@ def test_workers_that_are_processes_of_their_own_read_the_weights_from_the_objec
     live.sync(params, bucket_bytes=1 << 20)
     student.policy.sampler.load(params, 1)
     prompts = [prompt(student.policy.processor, sizes, number) for number, sizes in enumerate(SIZES)]
-    expected = student.policy.sampler.sample(prompts, 1, max_new_tokens=12, key=sampling_key(0, 0), temperature=0)
+    expected = sample(
+        student.policy.sampler, prompts, 1, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0), temperature=0)
+    )
     for encoded, (builtin,) in zip(prompts, expected, strict=True):
         (completion,) = live.sample(encoded, 1, 12, temperature=0).completions
         assert completion.token_ids.tolist() == builtin.token_ids.tolist()

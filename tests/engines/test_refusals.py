@@ -88,10 +88,10 @@ def test_a_fleet_whose_engines_have_another_model_ends_with_the_reason(cluster):
         FleetSettings(
             engines=1, max_num_seqs=8, start_timeout=100.0, sync_timeout=100.0, request_timeout=100.0, restarts=0
         ),
-        lambda place, made_before: live.handle,
+        lambda slot, made_before: live.handle,
         HostTransport(bucket_bytes=1 << 20),
         announced | {"model": announced["model"] | {"vocab_size": 640}},
-        say=lambda line: None,
+        log=lambda line: None,
     )
     try:
         with pytest.raises(UserError) as caught:

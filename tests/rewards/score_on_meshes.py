@@ -14,7 +14,7 @@ from lmmr1_jax.data.compatibility import check_fit
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.parallel.sharding import make_mesh
 from lmmr1_jax.rewards.sources.reward_model import RewardModel
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import Completion, Rollout
 

@@ -18,7 +18,7 @@ from lmmr1_jax.rewards.sources.base import Group, Rewards
 from lmmr1_jax.rewards.sources.model import open_model
 from lmmr1_jax.rewards.sources.specs import ModelSpec, check_rewards, read_models
 from lmmr1_jax.rewards.workers.pool import WorkerFailure
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.runtime.compilation import CompilationCounter
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.tasks.shapes import shape_prompts

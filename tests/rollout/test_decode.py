@@ -1,8 +1,10 @@
 """Decoding with caches, without a checkpoint: what the compiled loop does, and what the draws depend on."""
 
 import functools
+import gc
 import math
 import re
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.rollout.local.scoring import Scorer
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 from lmmr1_jax.types.records import FINISH_LENGTH, FINISH_STOP, EncodedPrompt, Prompt
 from weights_bridge.architecture import Architecture, TextConfig
 
@@ -77,7 +80,9 @@ def as_lists(groups) -> list:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_log_probs_are_the_learners_at_any_temperature(network, params, sampler, temperature):
-    groups = sampler.sample(PROMPTS, 4, max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature)
+    groups = sample(
+        sampler, PROMPTS, 4, SamplingSettings(max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature)
+    )
     expected = policy_log_probs(network, params, temperature)
     for encoded, group in zip(PROMPTS, groups, strict=True):
         for completion in group:
@@ -106,7 +111,7 @@ def policy_log_probs(network, params, temperature: float):
 
 
 def test_completions_end_at_the_first_end_token_or_the_limit(sampler):
-    groups = sampler.sample(PROMPTS, 16, max_new_tokens=12, key=sampling_key(3, 1))
+    groups = sample(sampler, PROMPTS, 16, SamplingSettings(max_new_tokens=12, key=sampling_key(3, 1)))
     reasons = set()
     for completion in (completion for group in groups for completion in group):
         ids = completion.token_ids
@@ -119,7 +124,7 @@ def test_completions_end_at_the_first_end_token_or_the_limit(sampler):
 
 
 def test_ignored_end_tokens_give_completions_of_exactly_the_limit(sampler):
-    groups = sampler.sample(PROMPTS, 8, max_new_tokens=12, key=sampling_key(3, 1), ignore_ends=True)
+    groups = sample(sampler, PROMPTS, 8, SamplingSettings(max_new_tokens=12, key=sampling_key(3, 1), ignore_ends=True))
     completions = [completion for group in groups for completion in group]
     assert {len(completion.token_ids) for completion in completions} == {12}
     assert {completion.finish_reason for completion in completions} == {FINISH_LENGTH}
@@ -128,31 +133,35 @@ def test_ignored_end_tokens_give_completions_of_exactly_the_limit(sampler):
 
 def test_a_seed_and_step_reproduce_and_others_differ(sampler):
     first, again, seed, step = (
-        as_lists(sampler.sample(PROMPTS, 4, max_new_tokens=12, key=sampling_key(*numbers)))
+        as_lists(sample(sampler, PROMPTS, 4, SamplingSettings(max_new_tokens=12, key=sampling_key(*numbers))))
         for numbers in ((0, 0), (0, 0), (1, 0), (0, 1))
     )
     assert first == again and first != seed and first != step
 
 
 def test_draws_depend_on_the_prompt_and_not_on_its_company(network, params, sampler):
-    whole = as_lists(sampler.sample(PROMPTS, 6, max_new_tokens=12, key=sampling_key(0, 0)))
-    turned = as_lists(sampler.sample(PROMPTS[::-1], 6, max_new_tokens=12, key=sampling_key(0, 0)))
+    whole = as_lists(sample(sampler, PROMPTS, 6, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0))))
+    turned = as_lists(sample(sampler, PROMPTS[::-1], 6, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0))))
     assert turned[::-1] == whole
-    alone = as_lists(sampler.sample(PROMPTS[1:2], 6, max_new_tokens=12, key=sampling_key(0, 0)))
+    alone = as_lists(sample(sampler, PROMPTS[1:2], 6, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0))))
     assert alone[0] == whole[1]
     narrow = make_sampler(network, max_num_seqs=4)  # every group is sampled in two parts
     narrow.load(params)
-    assert as_lists(narrow.sample(PROMPTS, 6, max_new_tokens=12, key=sampling_key(0, 0))) == whole
+    assert as_lists(sample(narrow, PROMPTS, 6, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0)))) == whole
 
 
 def test_completions_of_a_group_and_repeated_prompts_differ(sampler):
-    groups = as_lists(sampler.sample([PROMPTS[0], PROMPTS[0]], 8, max_new_tokens=12, key=sampling_key(0, 0)))
+    groups = as_lists(
+        sample(sampler, [PROMPTS[0], PROMPTS[0]], 8, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0)))
+    )
     assert len({tuple(ids) for group in groups for ids in group}) > 12
 
 
 def test_first_tokens_follow_the_models_distribution(network, params, sampler):
     encoded, draws = PROMPTS[0], 4096
-    groups = sampler.sample([encoded], draws, max_new_tokens=1, key=sampling_key(0, 0), temperature=1.3)
+    groups = sample(
+        sampler, [encoded], draws, SamplingSettings(max_new_tokens=1, key=sampling_key(0, 0), temperature=1.3)
+    )
     log_prob = policy_log_probs(network, params, 1.3)
     plain = [index for index in range(TEXT.vocab_size) if index not in BANNED]
     expected = np.zeros(TEXT.vocab_size)
@@ -167,7 +176,7 @@ def test_first_tokens_follow_the_models_distribution(network, params, sampler):
 
 
 def test_greedy_reports_log_probs_at_temperature_one(sampler, network, params):
-    groups = sampler.sample(PROMPTS, 1, max_new_tokens=12, key=sampling_key(0, 0), temperature=0)
+    groups = sample(sampler, PROMPTS, 1, SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0), temperature=0))
     scorer = Scorer(network, params, None)
     pairs = [(encoded, group[0].token_ids) for encoded, group in zip(PROMPTS, groups, strict=True)]
     for scored, (completion,) in zip(scorer.score(pairs), groups, strict=True):
@@ -182,8 +191,34 @@ def test_scoring_takes_empty_completions(network, params):
 
 
 def test_sampling_without_weights_is_an_error(network):
-    with pytest.raises(RuntimeError, match="load"):
-        make_sampler(network).sample(PROMPTS, 1, max_new_tokens=1, key=sampling_key(0, 0))
+    with pytest.raises(RuntimeError, match="no weights"):
+        sample(make_sampler(network), PROMPTS, 1, SamplingSettings(max_new_tokens=1, key=sampling_key(0, 0)))
+
+
+def test_a_sampler_that_slept_keeps_no_weights_and_samples_the_same_after_the_next_load(network, params):
+    sampler = make_sampler(network)
+    sampler.load(params, version=0)
+    settings = SamplingSettings(max_new_tokens=4, key=sampling_key(0, 0))
+    before = as_lists(sample(sampler, PROMPTS, 2, settings))
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(sampler._weights.layers)]
+    sampler.sleep()
+    gc.collect()
+    assert kept and not any(ref() is not None for ref in kept)
+    with pytest.raises(RuntimeError, match="again after it slept"):
+        sample(sampler, PROMPTS, 2, settings)
+    sampler.load(params, version=1)
+    assert as_lists(sample(sampler, PROMPTS, 2, settings)) == before
+
+
+def test_progress_counts_every_part_of_prompts_and_groups(network, params):
+    narrow = make_sampler(network, max_num_seqs=4)
+    narrow.load(params)
+    told = []
+    settings = SamplingSettings(max_new_tokens=2, key=sampling_key(0, 0))
+    handle = narrow.submit(PROMPTS, 6, settings)
+    assert not told
+    narrow.collect(handle, lambda done, of: told.append((done, of)))
+    assert told == [(done, 6) for done in range(1, 7)]  # three prompts one by one, each group in two parts
 
 
 def compiled_decode(params, new_tokens: int, group: int = 4):

@@ -12,11 +12,13 @@ import pytest
 from lmmr1_jax.config.schema import RolloutConfig, TrainConfig, VllmConfig
 from lmmr1_jax.data.faults import SkipPrompt
 from lmmr1_jax.data.processor import Processor
-from lmmr1_jax.rollout.engines.open import choose_transport, engine_settings, leave_room
 from lmmr1_jax.rollout.engines.protocol import EngineConfigError, EngineFailed, GroupRequest
+from lmmr1_jax.rollout.engines.transport import choose_transport
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.engine import Engine
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.engines.vllm.settings import engine_settings, prompt_limits
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
+from lmmr1_jax.rollout.sampler import SamplerLimits, apply_limits
 from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Prompt
 from weights_bridge.errors import TransportError
@@ -28,10 +30,13 @@ POSITIONS = json.loads((TINY_MODEL / "config.json").read_text())["max_position_e
 def test_prompts_leave_a_completion_its_room_in_the_models_positions(caplog):
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm", max_new_tokens=4000))
     processor = Processor(TINY_MODEL, max_prompt_tokens=4096)
-    leave_room(processor, POSITIONS, 4000)
+    limits = prompt_limits(config, POSITIONS)
+    assert engine_settings(config, processor, limits, on_gpu=False, backend="none").max_model_len == POSITIONS
+    assert processor.max_prompt_tokens == 4096 and processor.max_images is None
+    apply_limits(processor, limits)
     assert processor.max_prompt_tokens == POSITIONS - 4000
     assert "prompts of more than 96 tokens are skipped" in caplog.text
-    assert engine_settings(config, processor, on_gpu=False, backend="none").max_model_len == POSITIONS
+    assert processor.max_images == config.vllm.max_images
     long = Prompt([{"role": "user", "content": "count " * 200}], None, "p", "test", "f", 0)
     with pytest.raises(SkipPrompt, match="the limit is 96"):
         processor.encode(long)
@@ -39,13 +44,15 @@ def test_prompts_leave_a_completion_its_room_in_the_models_positions(caplog):
 
 def test_prompts_that_leave_room_are_not_touched(caplog):
     processor = Processor(TINY_MODEL, max_prompt_tokens=1024)
-    leave_room(processor, POSITIONS, POSITIONS - 1024)
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm", max_new_tokens=POSITIONS - 1024))
+    apply_limits(processor, prompt_limits(config, POSITIONS))
     assert processor.max_prompt_tokens == 1024 and not caplog.text
 
 
 def test_completions_as_long_as_the_model_are_refused():
+    config = TrainConfig(rollout=RolloutConfig(sampler="vllm", max_new_tokens=POSITIONS))
     with pytest.raises(UserError, match="max_new_tokens is 4096, but the model has only 4096 positions"):
-        leave_room(Processor(TINY_MODEL), POSITIONS, POSITIONS)
+        prompt_limits(config, POSITIONS)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_an_engine_without_a_vllm_that_takes_weights_is_unfit(monkeypatch, modul
         if module is not None:
             module.__version__ = "0.31.9"
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
-    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend="none")
+    settings = engine_settings(config, Processor(TINY_MODEL), SamplerLimits(), on_gpu=False, backend="none")
     engine = Engine(settings, Path(TINY_MODEL))
     with pytest.raises(EngineConfigError, match=words):
         engine.built.result(timeout=30)
@@ -91,7 +98,7 @@ def test_only_an_engine_of_another_model_is_unfit_and_not_one_whose_group_broke(
 
     monkeypatch.setattr(vllm_build, "build", lambda *_: Refusing())
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
-    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=backend)
+    settings = engine_settings(config, Processor(TINY_MODEL), SamplerLimits(), on_gpu=False, backend=backend)
     engine = Engine(settings, Path(TINY_MODEL))
     with pytest.raises(EngineFailed, match="init_weight_transfer_engine failed") as caught:
         engine.initialise({}).result(timeout=30)
@@ -109,7 +116,7 @@ def test_an_engine_that_fails_at_the_start_of_an_update_samples_no_more(monkeypa
     vllm.collective_rpc = collective_rpc
     monkeypatch.setattr(vllm_build, "build", lambda *_: vllm)
     config = TrainConfig(rollout=RolloutConfig(sampler="vllm"))
-    settings = engine_settings(config, Processor(TINY_MODEL), on_gpu=False, backend=HOST_BACKEND)
+    settings = engine_settings(config, Processor(TINY_MODEL), SamplerLimits(), on_gpu=False, backend=HOST_BACKEND)
     engine = Engine(settings, Path(TINY_MODEL))
     engine.begin_update(in_flight=False).result(timeout=30)
     engine.finish_update(0).result(timeout=30)

@@ -2,11 +2,11 @@
 
 import math
 
-import jax
 import numpy as np
 import pytest
 
 from lmmr1_jax.rollout.evaluation import evaluate, pass_at_k
+from lmmr1_jax.rollout.sampler import SamplingSettings
 from lmmr1_jax.types.records import Completion, EncodedPrompt, Prompt, Reward
 
 
@@ -19,7 +19,11 @@ def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
 class Sampler:
     """Writes the numbers 0, 1, ..., n - 1."""
 
-    def sample(self, encoded, n, *, max_new_tokens, **_):
+    def submit(self, prompts, n, settings):
+        return prompts, n
+
+    def collect(self, handle):
+        encoded, n = handle
         one = lambda i: Completion(np.array([i], np.int32), np.zeros(1, np.float32), "stop", np.zeros(1, np.int32))  # noqa: E731
         return [tuple(one(i) for i in range(n)) for _ in encoded]
 
@@ -49,8 +53,7 @@ def test_a_report_averages_over_prompts_and_sources():
         lambda ids: str(ids[0]),
         Verifier(),
         iter(prompts),
-        key=jax.random.key(0),
-        max_new_tokens=1,
+        SamplingSettings(max_new_tokens=1),
         n=4,
         k=2,
         prompts_at_a_time=2,
@@ -66,7 +69,7 @@ def test_a_report_averages_over_prompts_and_sources():
 
 def test_k_above_n_is_refused():
     with pytest.raises(ValueError, match="k must be"):
-        evaluate(Sampler(), str, Verifier(), [], key=jax.random.key(0), max_new_tokens=1, n=2, k=3)
+        evaluate(Sampler(), str, Verifier(), [], SamplingSettings(max_new_tokens=1), n=2, k=3)
 
 
 def test_a_stop_ends_an_evaluation_between_batches():
@@ -80,6 +83,6 @@ def test_a_stop_ends_an_evaluation_between_batches():
     with pytest.raises(InterruptedError):
         evaluate(
             Sampler(), lambda ids: str(ids[0]), Verifier(), prompts,
-            key=jax.random.key(0), max_new_tokens=1, n=4, prompts_at_a_time=1, check=check,
+            SamplingSettings(max_new_tokens=1), n=4, prompts_at_a_time=1, check=check,
         )  # fmt: skip
     assert len(taken) == 2

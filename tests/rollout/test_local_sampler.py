@@ -13,6 +13,7 @@ from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
 from lmmr1_jax.rollout.local.scoring import Scorer
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
 
@@ -30,7 +31,9 @@ def test_greedy_and_scores_equal_transformers(kind, tied):
     )
     sampler.load(params)
     prompts = [prompt(processor, sizes if kind != "qwen2" else [], i) for i, sizes in enumerate(SIZES)]
-    groups = sampler.sample(prompts, 2, max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0), temperature=0)
+    groups = sample(
+        sampler, prompts, 2, SamplingSettings(max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0), temperature=0)
+    )
     scores = Scorer(network, params, processor.patches, rows=2).score(
         [(encoded, group[0].token_ids) for encoded, group in zip(prompts, groups, strict=True)]
     )
@@ -55,7 +58,12 @@ def test_sampled_log_probs_with_images_equal_transformers():
     )
     sampler.load(load(folder))
     prompts = [prompt(processor, sizes, i) for i, sizes in enumerate(SIZES)]
-    groups = sampler.sample(prompts, 3, max_new_tokens=12, key=sampling_key(0, 0), temperature=0.8, top_p=0.9, top_k=50)
+    groups = sample(
+        sampler,
+        prompts,
+        3,
+        SamplingSettings(max_new_tokens=12, key=sampling_key(0, 0), temperature=0.8, top_p=0.9, top_k=50),
+    )
     model = oracle.load_model(folder)
     for encoded, group in zip(prompts, groups, strict=True):
         for completion in group:
@@ -83,7 +91,7 @@ def test_a_second_batch_of_the_same_shapes_compiles_nothing():
     for step, batch in enumerate((prompts, prompts[::-1])):
         counter = CompilationCounter()
         sampler.load(jax.tree.map(lambda leaf: leaf, params), step)
-        sampler.sample(batch, 2, max_new_tokens=4, key=sampling_key(0, step))
+        sample(sampler, batch, 2, SamplingSettings(max_new_tokens=4, key=sampling_key(0, step)))
         compiled = counter.names
         counter.close()
     assert compiled == []

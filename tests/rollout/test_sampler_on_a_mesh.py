@@ -13,6 +13,7 @@ from lmmr1_jax.parallel.sharding import activation_constraint, make_mesh
 from weights_bridge.architecture import Architecture, TextConfig
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 from lmmr1_jax.types.records import EncodedPrompt, Prompt
 
 text = TextConfig(48, 32, 48, 2, 4, 2, 8, 1e-6, 1e4, None, True)
@@ -36,7 +37,7 @@ for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), make_mesh(Me
             params["language"]["embed"]["embedding"], jax.NamedSharding(mesh, jax.P("fsdp"))
         )
     sampler.load(params)
-    groups = sampler.sample(prompts, 3, max_new_tokens=10, key=sampling_key(0, 0))
+    groups = sample(sampler, prompts, 3, SamplingSettings(max_new_tokens=10, key=sampling_key(0, 0)))
     drawn.append([[completion.token_ids.tolist() for completion in group] for group in groups])
 assert drawn[0] == drawn[1] == drawn[2]
 print("equal", len(jax.devices()))

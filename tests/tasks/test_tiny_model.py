@@ -9,8 +9,9 @@ import pytest
 from lmmr1_jax.data.processor import Processor
 from lmmr1_jax.models.network import build
 from lmmr1_jax.rewards.rules.grading import grade
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 from lmmr1_jax.tasks.shapes import COLOURS, draw_scene, shape_prompts
 from weights_bridge.load import load
 
@@ -45,7 +46,9 @@ def sampler(processor):
 def _grades(sampler, processor, n: int, temperature: float) -> np.ndarray:
     """Accuracy and format, `[128, n, 2]`, on the first held-out prompts."""
     encoded = [processor.encode(prompt) for prompt in shape_prompts("heldout", 128)]
-    groups = sampler.sample(encoded, n, max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature)
+    groups = sample(
+        sampler, encoded, n, SamplingSettings(max_new_tokens=20, key=sampling_key(0, 0), temperature=temperature)
+    )
     return np.array(
         [
             [grade(processor.decode(c.token_ids), e.prompt.label, "default") for c in group]
@@ -105,7 +108,7 @@ def test_transformers_opens_the_shipped_folder_and_writes_the_same(sampler, proc
 
     model = oracle.load_model(TINY_MODEL)
     prompts = [processor.encode(prompt) for prompt in shape_prompts("heldout", 2)]
-    ours = sampler.sample(prompts, 1, max_new_tokens=20, key=sampling_key(0, 0), temperature=0.0)
+    ours = sample(sampler, prompts, 1, SamplingSettings(max_new_tokens=20, key=sampling_key(0, 0), temperature=0.0))
     for encoded, (completion,) in zip(prompts, ours, strict=True):
         image = encoded.images[0]
         ids = torch.tensor(encoded.token_ids, dtype=torch.long)[None]

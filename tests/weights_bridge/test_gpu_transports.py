@@ -14,7 +14,7 @@ from weights_bridge.load import load
 from weights_bridge.stream import TensorStream
 from weights_bridge.transports import nccl_library
 from weights_bridge.transports.nccl import NcclTransport, chunks, init_info, together, update_info
-from weights_bridge.vllm.cuda_builds import tolerate
+from weights_bridge.vllm.cpu_compat.cuda_builds import tolerate
 
 tolerate()
 on_cpu = pytest.mark.skipif(jax.default_backend() == "gpu", reason="says what is missing where there is no GPU")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from random_checkpoint import CASES, config_of, random_tensors, table, write_checkpoint
 
-from weights_bridge.vllm.cuda_builds import tolerate
+from weights_bridge.vllm.cpu_compat.cuda_builds import tolerate
 
 tolerate()
 pytest.importorskip("vllm")

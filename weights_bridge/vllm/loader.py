@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 from vllm.config import ModelConfig
-from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+from weights_bridge.vllm.private import dummy_loader_class
 
 
-class AwaitedWeightsLoader(DummyModelLoader):
+class AwaitedWeightsLoader(dummy_loader_class()):
     """Fills parameters with small random numbers until the first update, and leaves buffers as the model made them.
 
     vLLM's own dummy loader overwrites the buffers too, among them the mean and deviation by which Qwen-VL's vision

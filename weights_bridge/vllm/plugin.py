@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weights_bridge.vllm.private import has_transfer_engine
+
 HOST_BACKEND = "lmmr1_host"
 """`WeightTransferConfig(backend=HOST_BACKEND)` selects the engine that takes weights from host memory."""
 
@@ -23,7 +25,7 @@ def register() -> None:
         raise RuntimeError(
             f"vLLM {getattr(vllm, '__version__', '?')} has no weight-transfer plugins; install vllm>=0.32"
         ) from error
-    if HOST_BACKEND in WeightTransferEngineFactory._registry:
+    if has_transfer_engine(HOST_BACKEND):
         return
     from vllm.model_executor.model_loader import register_model_loader
 

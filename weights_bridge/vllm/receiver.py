@@ -23,6 +23,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from weights_bridge.vllm.private import begin_layerwise_reload, end_layerwise_reload
+
 COMPARED_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
 """Fields of config.json (its text model's) in which the two sides must agree."""
 
@@ -84,12 +86,10 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def start_weight_update(self) -> None:
         """Opens an update."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
         self._missing = set(self._tensors)
         self._parts: dict[str, torch.Tensor] = {}
         self._awaited: dict[str, int] = {}
-        initialize_layerwise_reload(self.model)
+        begin_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Takes one bucket. (The base class would wait for an accelerator, which a CPU worker has not.)"""
@@ -137,11 +137,9 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
         Raises:
           RuntimeError: some tensors did not come. The model is then half new and must not be used.
         """
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
         if self._missing:
             raise RuntimeError(f"the update lacks {len(self._missing)} tensors, {sorted(self._missing)[:3]} among them")
-        finalize_layerwise_reload(self.model, self.model_config)
+        end_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""

@@ -261,8 +261,8 @@ class Inbox:
         self._lock = threading.Lock()
         self._new: list[_Ticketed] = []
         self._unsettled: set[Future] = set()
-        self._bell, self._ring = socket.socketpair()
-        self._ring.setblocking(False)
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_writer.setblocking(False)
 
     def submit(self, task: Any) -> Future:
         """The task's answer or `WorkerFailure`, when it is known; raises RuntimeError once the inbox is closed."""
@@ -280,7 +280,7 @@ class Inbox:
         """What has come since the last time."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                self._bell.recv(4096, socket.MSG_DONTWAIT)
+                self._wake_reader.recv(4096, socket.MSG_DONTWAIT)
             new, self._new = self._new, []
         return new
 
@@ -304,11 +304,11 @@ class Inbox:
             future.set_result(answer)
 
     def fileno(self) -> int:
-        return self._bell.fileno()
+        return self._wake_reader.fileno()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it has been rung often enough
-            self._ring.send(b".")
+        with contextlib.suppress(BlockingIOError):  # full: the pool has yet to read what is in it
+            self._wake_writer.send(b".")
 
 
 class _Worker:

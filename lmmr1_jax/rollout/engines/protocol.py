@@ -27,7 +27,7 @@ class EngineSettings:
       max_images: of one prompt at most.
       max_pixels: of an image.
       backend: name of the weight-transfer engine.
-      cpu_threads: of an engine on a CPU; 0 leaves it to vLLM.
+      cpu_threads: of an engine on a CPU; 0 for one on a GPU.
       arguments: further arguments of vLLM's `EngineArgs`.
     """
 
@@ -92,11 +92,11 @@ class SampledCompletion:
 
 @dataclasses.dataclass(frozen=True)
 class EngineInfo:
-    """Where an engine runs: its machine's name, its process, its vLLM."""
+    """Where an engine runs: its machine's name, its process, the version of its software."""
 
     host: str
     pid: int
-    vllm: str
+    software: str
 
 
 class EngineFailed(Exception):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lmmr1_jax.config.schema import RayConfig
+from lmmr1_jax.rollout.engines import ray_private
 from lmmr1_jax.runtime.errors import UserError
 
 INSTALL_HINT = (
@@ -23,12 +24,10 @@ INSTALL_HINT = (
     "build of torch)"
 )
 POLL_SECONDS = 0.2
-_ELSEWHERE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""Ray's switch for listening on more than localhost, on Linux too."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class EngineSlots:
     """Room for engines, reserved in one go: two runs on one cluster can't each take half and wait for the other.
 
     Attributes:
@@ -40,7 +39,7 @@ class Places:
     bundle: Mapping[str, float]
 
     def options(self, index: int) -> dict[str, Any]:
-        """Options of the actor that takes place `index`."""
+        """Options of the actor that takes slot `index`."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         resources = {name: amount for name, amount in self.bundle.items() if name not in ("CPU", "GPU")}
@@ -67,8 +66,7 @@ def connected(config: RayConfig, *, cpus: int, check: Callable[[], None] = lambd
         del os.environ["RAY_ADDRESS"]  # the config alone says where
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # The store gives a bucket's memory back when its last reader is done, not up to a second later with others.
-    os.environ.setdefault("RAY_free_objects_batch_size", "1")
+    ray_private.set_environment()
     if importlib.util.find_spec("ray") is None:
         raise UserError(f"rollout.sampler vllm needs Ray, which is not installed: {INSTALL_HINT}")
     if not config.address and importlib.util.find_spec("vllm") is None:
@@ -76,7 +74,7 @@ def connected(config: RayConfig, *, cpus: int, check: Callable[[], None] = lambd
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     at_home = not config.address or config.address.rpartition(":")[0] in ("127.0.0.1", "localhost")
-    with _on_localhost() if at_home else contextlib.nullcontext():
+    with ray_private.on_localhost() if at_home else contextlib.nullcontext():
         if config.address:
             os.environ["RAY_AUTH_MODE"] = _try_to_join(config, check)
         import ray  # which reads its environment now
@@ -98,7 +96,7 @@ def connected(config: RayConfig, *, cpus: int, check: Callable[[], None] = lambd
             raise
         finally:
             _give_back(handlers)
-    with _no_chatter():
+    with ray_private.worker_logs_off():
         try:
             check()
             yield
@@ -112,23 +110,9 @@ def _give_back(handlers: Mapping[int, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _no_chatter() -> Iterator[None]:
-    """Ray's pages on a process or a machine that died, which `log_to_driver` does not keep away, stay unprinted; the
-    fleet says it in a line."""
-    from ray._private import worker
-
-    before = worker._worker_logs_enabled
-    worker._worker_logs_enabled = False
-    try:
-        yield
-    finally:
-        worker._worker_logs_enabled = before
-
-
-@contextlib.contextmanager
 def reserved(
     bundle: Mapping[str, float], count: int, *, label: str, timeout: float, check: Callable[[], None] = lambda: None
-) -> Iterator[Places]:
+) -> Iterator[EngineSlots]:
     """Room for `count` engines, given back with the context.
 
     Args:
@@ -156,7 +140,7 @@ def reserved(
                 raise UserError(
                     f"vllm.num_engines {count}: the cluster has no room for them within ray.timeout: {fault}"
                 )
-        yield Places(group, dict(bundle))
+        yield EngineSlots(group, dict(bundle))
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone
             remove_placement_group(group)
@@ -274,28 +258,6 @@ def _has_token() -> bool:
     when it first starts a cluster, so a token says nothing of a cluster."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or os.path.isfile(path)
-
-
-@contextlib.contextmanager
-def _on_localhost() -> Iterator[None]:
-    """A cluster that is started inside binds to the loopback interface alone, as Ray's clusters do on a laptop, and one
-    that does so is found there.
-
-    Ray has no argument for it: 127.0.0.1 as the node's address it takes for a mistake, and looks for another.
-    """
-    told = os.environ.get(_ELSEWHERE)
-    os.environ[_ELSEWHERE] = "0"  # for Ray's processes, and for this one if it has not imported Ray yet
-    before = True
-    if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
-        before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        if (constants := sys.modules.get("ray._private.ray_constants")) is not None:
-            constants.ENABLE_RAY_CLUSTER = before
-        os.environ.pop(_ELSEWHERE)
-        if told is not None:
-            os.environ[_ELSEWHERE] = told
 
 
 @contextlib.contextmanager

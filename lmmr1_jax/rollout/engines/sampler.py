@@ -1,37 +1,34 @@
-"""vLLM as a sampler: the same face as the built-in one, `load` and `sample`, over a fleet of engines.
+"""The `Sampler` over a fleet of vLLM engines, which work beside the learner.
 
-    with open_sampler(config, processor, network, source) as sampler:
+    with open_engines(config, processor, network, source) as sampler:
         sampler.load(params, version)
-        groups = sampler.sample(encoded, 8, max_new_tokens=256)
-
-`submit` and `collect` are the two halves of `sample`, for who has something to do in between.
+        groups = sample(sampler, prompts, 8, SamplingSettings(max_new_tokens=256))
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lmmr1_jax.rollout.engines.fleet import Fleet
-from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest
+from lmmr1_jax.rollout.engines.protocol import EngineSettings, GroupRequest, SampledCompletion
 from lmmr1_jax.rollout.engines.requests import SampleHandle
+from lmmr1_jax.rollout.sampler import Progress, SamplerLimits, SamplingSettings, no_progress
 from lmmr1_jax.types.records import Completion, EncodedPrompt
 from weights_bridge.stream import TensorStream
 
-_log = logging.getLogger(__name__)
-
 
 class VllmSampler:
-    """Samples with the weights that `load` gave to the engines; made by `open_sampler`.
+    """A `ProbedSampler`; made by `open_engines`.
 
     Attributes:
+      limits: the prompts that engines take.
       fleet: the engines.
       stream: makes the stream of parameters that a sync sends.
-      version: of the loaded weights.
+      version: of the loaded weights; None before there are any, and while engines sleep.
     """
 
     def __init__(
@@ -40,7 +37,17 @@ class VllmSampler:
         stream: Callable[[Mapping[str, Any]], TensorStream],
         settings: EngineSettings,
         merge_size: int,
+        limits: SamplerLimits,
     ):
+        """
+        Args:
+          fleet: the engines.
+          stream: see the class.
+          settings: what the engines were built with.
+          merge_size: patches along an edge of what one image token stands for.
+          limits: see the class.
+        """
+        self.limits = limits
         self.fleet = fleet
         self.version: int | None = None
         self.stream = stream
@@ -62,6 +69,7 @@ class VllmSampler:
         """Nothing is wanted until the next `load`: engines that share the learner's devices give their memory back."""
         if self._settings.sleeps:
             self.fleet.sleep()
+            self.version = None
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of an engine outlives it."""
@@ -74,54 +82,47 @@ class VllmSampler:
         """The parameters are about to be donated to an update."""
         self.fleet.release_params()
 
-    def sample(self, encoded: Sequence[EncodedPrompt], n: int, **settings: Any) -> list[tuple[Completion, ...]]:
-        """n completions for each prompt, in order; arguments as in `submit`."""
-        return self.collect(self.submit(encoded, n, **settings))
-
-    def submit(
-        self,
-        encoded: Sequence[EncodedPrompt],
-        n: int,
-        *,
-        max_new_tokens: int,
-        key: Any = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        ignore_ends: bool = False,
-    ) -> SampleHandle:
+    def submit(self, prompts: Sequence[EncodedPrompt], n: int, settings: SamplingSettings) -> SampleHandle:
         """Begins to sample and returns at once.
 
-        Args:
-          key: not used: engines draw from random numbers of their own, seeded by the run's seed.
-          temperature: 0 is greedy; log-probs are then those at temperature 1.
-          top_p, top_k: truncate what is drawn from, and with it, unlike the built-in sampler's, the log-probs.
-          ignore_ends: go on to exactly `max_new_tokens` tokens.
+        Raises:
+          RuntimeError: there are no weights, because none were loaded yet, or none since `sleep`.
         """
-        settings = dict(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, ignore_ends=ignore_ends
-        )
-        return self.fleet.submit([self._request(prompt, n, **settings) for prompt in encoded])
+        self._check_loaded()
+        return self.fleet.submit([self._request(prompt, n, settings) for prompt in prompts])
 
-    def collect(self, handle: SampleHandle) -> list[tuple[Completion, ...]]:
-        """Waits for what `submit` began."""
-        return [tuple(Completion(**vars(sampled)) for sampled in group) for group in self.fleet.collect(handle)]
+    def collect(self, handle: SampleHandle, progress: Progress = no_progress) -> list[tuple[Completion, ...]]:
+        """Waits for what `submit` began; calls `progress` with the number of groups that came, and of all.
 
-    def probe(
-        self, prompt: EncodedPrompt, n: int, *, max_new_tokens: int, temperature: float
-    ) -> list[tuple[Completion, ...]]:
-        """n completions of one prompt from every engine, before all that waits."""
-        request = self._request(prompt, n, max_new_tokens=max_new_tokens, temperature=temperature, urgent=True)
-        return [tuple(Completion(**vars(sampled)) for sampled in group) for group in self.fleet.probe(request)]
+        Raises:
+          SamplingFailed: a prompt can't be sampled from, or no engine is left.
+        """
+        return [_completions(group) for group in self.fleet.collect(handle, progress)]
 
-    def _request(self, prompt: EncodedPrompt, n: int, **settings: Any) -> GroupRequest:
+    def probe(self, prompt: EncodedPrompt, n: int, settings: SamplingSettings) -> list[tuple[Completion, ...]]:
+        """n completions of one prompt from every engine, before all that waits; raises as `submit` and `collect`."""
+        self._check_loaded()
+        return [_completions(group) for group in self.fleet.probe(self._request(prompt, n, settings, urgent=True))]
+
+    def _check_loaded(self) -> None:
+        if self.version is None:
+            raise RuntimeError("the engines have no weights: load them before sampling, and again after they slept")
+
+    def _request(
+        self, prompt: EncodedPrompt, n: int, settings: SamplingSettings, *, urgent: bool = False
+    ) -> GroupRequest:
         return GroupRequest(
             name=f"{prompt.prompt.prompt_id}#{next(self._numbers)}",
             token_ids=prompt.token_ids,
             short_ids=self._short_ids(prompt),
             images=tuple(image.pixels for image in prompt.images),
             completions=n,
-            **settings,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            ignore_ends=settings.ignore_ends,
+            urgent=urgent,
         )
 
     def _short_ids(self, prompt: EncodedPrompt) -> np.ndarray:
@@ -135,3 +136,5 @@ class VllmSampler:
         return prompt.token_ids[kept]
 
 
+def _completions(group: Sequence[SampledCompletion]) -> tuple[Completion, ...]:
+    return tuple(Completion(**vars(sampled)) for sampled in group)

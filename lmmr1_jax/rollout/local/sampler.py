@@ -2,7 +2,7 @@
 
     sampler = JaxSampler(network, banned_ids=..., end_ids=..., patches_of=processor.patches)
     sampler.load(params, version=step)
-    groups = sampler.sample(encoded, 8, max_new_tokens=256, key=sampling_key(seed, step))
+    groups = sample(sampler, prompts, 8, SamplingSettings(max_new_tokens=256, key=sampling_key(seed, step)))
 
 A prompt is read once, images included, whatever the number of its completions. What is sampled for a completion
 depends on the key, the prompt's id and the completion's number, not on what else is in the batch (but for rounding).
@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.network import Network
 from lmmr1_jax.rollout.local.decode import DecoderWeights, Request, decode, unstack_layers
 from lmmr1_jax.rollout.local.prompt_batch import PatchesOf, PromptBatch, PromptShapes, batch_prompts
+from lmmr1_jax.rollout.sampler import Progress, SamplerLimits, SamplingSettings, no_progress
 from lmmr1_jax.types.records import FINISH_LENGTH, FINISH_STOP, Completion, EncodedPrompt
 
 MAX_SEQUENCES = 256
@@ -41,10 +42,20 @@ def sampling_key(seed: int, step: int) -> Array:
     return jax.random.fold_in(jax.random.key(seed % 2**32), step)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What `submit` was asked for."""
+
+    prompts: Sequence[EncodedPrompt]
+    n: int
+    settings: SamplingSettings
+
+
 class JaxSampler:
-    """Samples with weights that are handed to it by `load`.
+    """A `Sampler` that works while it is collected from: nothing here could sample while the learner learns.
 
     Attributes:
+      limits: none.
       shapes: the padded shapes in use. They grow with the prompts; set them to what a checkpoint holds to resume with
         the same last bits.
       version: of the loaded weights, None before.
@@ -73,6 +84,7 @@ class JaxSampler:
           max_num_seqs: completions that are sampled at a time.
           shapes: to begin with.
         """
+        self.limits = SamplerLimits()
         self.network = network
         self.shapes = shapes or PromptShapes()
         self.version: int | None = None
@@ -109,19 +121,12 @@ class JaxSampler:
         self._params, self._weights, self.version = params, DecoderWeights(embedding, head, norm, layers), version
 
     def release_params(self) -> None:
-        """The parameters are about to be donated to an update."""
+        """Reads the parameters no more: an update is about to donate their memory."""
         self._params = None
 
     def sleep(self) -> None:
-        """Nothing is wanted until the next `load`; the weights are the learner's own, so nothing is given back."""
-
-    def submit(self, encoded: Sequence[EncodedPrompt], n: int, **settings: Any) -> Callable[[], Any]:
-        """`sample`, put off until `collect` asks for it: there is nothing here that could sample meanwhile."""
-        return functools.partial(self.sample, encoded, n, **settings)
-
-    def collect(self, handle: Callable[[], Any]) -> list[tuple[Completion, ...]]:
-        """What `submit` put off."""
-        return handle()
+        """Drops its own copies of the weights until the next `load`."""
+        self._params = self._weights = None
 
     def state_dict(self) -> dict[str, Any]:
         """The shapes in use, which a resumed run must go on with to sample the same last bits."""
@@ -131,28 +136,23 @@ class JaxSampler:
         """Goes back to `state`."""
         self.shapes = PromptShapes(**state)
 
-    def sample(
-        self,
-        encoded: Sequence[EncodedPrompt],
-        n: int,
-        *,
-        max_new_tokens: int,
-        key: Array,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        ignore_ends: bool = False,
-    ) -> list[tuple[Completion, ...]]:
-        """n completions for each prompt, in order.
+    def submit(self, prompts: Sequence[EncodedPrompt], n: int, settings: SamplingSettings) -> _Request:
+        """Notes what is wanted; `collect` samples it."""
+        return _Request(prompts, n, settings)
+
+    def collect(self, handle: _Request, progress: Progress = no_progress) -> list[tuple[Completion, ...]]:
+        """Samples what `submit` noted, with the weights that are loaded now.
 
         Args:
-          key: of `sampling_key`.
-          temperature: 0 is greedy; log-probs are then those at temperature 1.
-          top_p, top_k: truncate what is drawn from, never the log-probs; 1 and 0 are off.
-          ignore_ends: go on to exactly `max_new_tokens` tokens (for benchmarks).
+          handle: of `submit`.
+          progress: called after each part: some of the prompts, and as many completions of each as fit.
+
+        Raises:
+          RuntimeError: there are no weights, because none were loaded yet, or none since `sleep` or `release_params`.
         """
+        encoded, n, settings = handle.prompts, handle.n, handle.settings
         if self._params is None or self._weights is None:
-            raise RuntimeError("load the weights before sampling")
+            raise RuntimeError("the sampler has no weights: load them before sampling, and again after it slept")
         if not encoded:
             return []
         multiple, vision = self._row_multiple, self.network.config.vision
@@ -160,19 +160,20 @@ class JaxSampler:
         parts = self._parts(encoded, group)
         self.shapes = self.shapes.grown(parts, vision, multiple=multiple)
         rows = len(parts[0])
-        draw = functools.partial(
-            self._sample_group,
-            settings=(max_new_tokens, float(temperature), float(top_p), int(top_k), ignore_ends),
-            group=group,
-        )
+        done, all_parts = 0, len(parts) * -(-n // group)
         hashes = np.array_split(_prompt_hashes(encoded), np.arange(rows, len(encoded), rows))
         padded = -(-rows // multiple) * multiple
         completions: list[tuple[Completion, ...]] = []
         for part, part_hashes in zip(parts, hashes, strict=True):
             batch = batch_prompts(part, self.shapes, vision, self._patches_of, rows=padded)
             prompt = self._prefill(self._params, self._put(batch))
-            keys = _completion_keys(key, np.resize(part_hashes, padded), n)
-            drawn = [draw(prompt, batch, keys[:, at : at + group], len(part)) for at in range(0, n, group)]
+            keys = _completion_keys(settings.key, np.resize(part_hashes, padded), n)
+            drawn = []
+            for at in range(0, n, group):
+                part_keys = keys[:, at : at + group]
+                drawn.append(self._sample_group(prompt, batch, part_keys, len(part), settings=settings, group=group))
+                done += 1
+                progress(done, all_parts)
             completions += [sum(of_prompt, ()) for of_prompt in zip(*drawn, strict=True)]
         return completions
 
@@ -183,9 +184,11 @@ class JaxSampler:
         rows = -(-len(encoded) // -(-len(encoded) // most))
         return [encoded[start : start + rows] for start in range(0, len(encoded), rows)]
 
-    def _sample_group(self, prompt, batch: PromptBatch, keys, prompts: int, *, settings, group: int):
+    def _sample_group(
+        self, prompt, batch: PromptBatch, keys, prompts: int, *, settings: SamplingSettings, group: int
+    ) -> list[tuple[Completion, ...]]:
         """Up to `group` completions of each of the first `prompts` prompts of a prefilled batch."""
-        max_new_tokens, temperature, top_p, top_k, ignore_ends = settings
+        temperature, top_p, top_k = float(settings.temperature), float(settings.top_p), int(settings.top_k)
         rows, wanted_group = keys.shape
         wanted = np.zeros((rows, group), bool)
         wanted[:prompts, :wanted_group] = True
@@ -194,8 +197,8 @@ class JaxSampler:
             wanted=wanted,
             temperature=np.float32(temperature or 1.0),
             banned=self._banned,
-            ends=self._ends[:0] if ignore_ends else self._ends,
-            limit=np.int32(max_new_tokens),
+            ends=self._ends[:0] if settings.ignore_ends else self._ends,
+            limit=np.int32(settings.max_new_tokens),
             top_p=np.float32(top_p) if top_p < 1 else None,
             top_k=np.int32(top_k) if top_k > 0 else None,
         )
@@ -206,14 +209,14 @@ class JaxSampler:
             batch.next_positions,
             request,
             config=self.network.config.text,
-            new_tokens=max_new_tokens,
+            new_tokens=settings.max_new_tokens,
             greedy=temperature == 0,
         )
         tokens, log_probs, lengths = (np.asarray(array) for array in drawn)
         return [
             tuple(
-                self._completion(tokens[row, index], log_probs[row, index], lengths[row, index], ignore_ends)
-                for index in range(wanted_group)
+                self._completion(tokens[row, i], log_probs[row, i], lengths[row, i], settings.ignore_ends)
+                for i in range(wanted_group)
             )
             for row in range(prompts)
         ]

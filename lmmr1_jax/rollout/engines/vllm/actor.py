@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lmmr1_jax.rollout.engines.protocol import EngineInfo, EngineSettings, GroupRequest, SampledCompletion
+from lmmr1_jax.rollout.engines.ray_private import pickled
+from weights_bridge.vllm import cpu_compat
 
 
 class EngineActor:
@@ -37,7 +37,7 @@ class EngineActor:
         await asyncio.wrap_future(self._engine.built)
         import vllm
 
-        return EngineInfo(host=socket.gethostname(), pid=os.getpid(), vllm=vllm.__version__)
+        return EngineInfo(host=socket.gethostname(), pid=os.getpid(), software=f"vLLM {vllm.__version__}")
 
     async def generate(self, request: GroupRequest) -> list[SampledCompletion]:
         """A group's completions, in order."""
@@ -67,7 +67,7 @@ class EngineActor:
             await asyncio.wrap_future(self._engine.receive(info))
             return
         address = ray.get_runtime_context().gcs_address
-        with _pickled(bucket[0]) as reference:
+        with pickled(bucket[0]) as reference:
             info = {"places": places, "reference": reference, "ray_address": address}
             await asyncio.wrap_future(self._engine.receive(info))
 
@@ -84,33 +84,12 @@ class EngineActor:
         self._folder.cleanup()
 
 
-@contextlib.contextmanager
-def _pickled(reference: Any) -> Iterator[bytes]:
-    """A reference for processes that are not this actor's own, valid inside.
-
-    Ray keeps what is pickled outside of its own calls for as long as this process lives, every bucket of every update;
-    there is no public way to take that back.
-    """
-    import ray
-    from ray._private.worker import global_worker
-
-    pickled = ray.cloudpickle.dumps(reference)
-    try:
-        yield pickled
-    finally:
-        global_worker.core_worker.remove_object_ref_reference(reference)
-
-
 def _prepare_process(settings: EngineSettings) -> None:
     """What must hold before vLLM is first imported, here and in the processes that it starts."""
-    from weights_bridge.vllm import cuda_builds
-
-    site = str(Path(cuda_builds.__file__).parent / "site")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
-    cuda_builds.tolerate()
     # Every sync makes each tensor anew on the way to its place; huge pages are the cheaper ones on a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if settings.cpu_threads:
+        cpu_compat.activate()
         os.environ["OMP_NUM_THREADS"] = str(settings.cpu_threads)
         if settings.tensor_parallel > len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))):
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else vLLM wants a NUMA node for each worker

@@ -1,6 +1,6 @@
 """The banned tokens, inside vLLM: a logits processor of its own kind, for all requests at once.
 
-Of the kind that vLLM's first model runner takes; `vllm_build.set_environment` asks for that one.
+Of the kind that vLLM's first model runner takes; `build.set_environment` asks for that one.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.sample.logits_processor import LogitsProcessor
+
+from weights_bridge.vllm.private import logits_processor_class
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-class BannedTokens(LogitsProcessor):
+class BannedTokens(logits_processor_class()):
     """Sets the logits of `additional_config["banned_token_ids"]` to minus infinity: never sampled, no probability."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):

@@ -12,6 +12,7 @@ from typing import Any
 
 from lmmr1_jax.rollout.engines.protocol import EngineConfigError, EngineSettings
 from weights_bridge.vllm.plugin import AWAIT_WEIGHTS
+from weights_bridge.vllm.private import build_engine
 
 OLDEST_VLLM = (0, 32)
 """Older ones know other transports only, or none, or can't be told a version."""
@@ -46,7 +47,6 @@ def build(settings: EngineSettings, folder: Path) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     on_cpu = current_platform.is_cpu()
     arguments: dict[str, Any] = {
@@ -86,7 +86,7 @@ def build(settings: EngineSettings, folder: Path) -> Any:
             also = f"; did you mean {hint[0]}?" if hint else ""
             raise EngineConfigError(f"vllm.arguments: vLLM {vllm.__version__} has no argument {name!r}{also}")
     try:
-        return LLMEngine.from_engine_args(EngineArgs(**arguments | settings.arguments))
+        return build_engine(EngineArgs(**arguments | settings.arguments))
     except (TypeError, ValueError) as error:  # its own word for arguments that it refuses
         raise EngineConfigError(f"vLLM refuses its arguments: {one_line(error)}") from error
 

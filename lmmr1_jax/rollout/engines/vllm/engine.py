@@ -29,6 +29,7 @@ from lmmr1_jax.rollout.engines.protocol import (
 from lmmr1_jax.rollout.engines.vllm import build as vllm_build
 from lmmr1_jax.rollout.engines.vllm.build import one_line
 from weights_bridge.vllm.plugin import HOST_BACKEND
+from weights_bridge.vllm.private import shut_down
 
 IDLE_SECONDS = 0.2
 """How long an idle engine sleeps on its queue before it looks whether it was closed."""
@@ -114,7 +115,7 @@ class Engine:
             self._wake("kv_cache")
             if not self._groups:
                 # Features and keys of the old weights. What is sampled meanwhile can't be reset under its feet; it
-                # is kept apart by the version in its names, see `_admit`.
+                # is kept apart by the version in its names, see `_schedule`.
                 self._llm.reset_prefix_cache()
                 self._llm.reset_mm_cache()
                 self._llm.reset_encoder_cache()
@@ -155,8 +156,8 @@ class Engine:
             self._llm = vllm_build.build(self._settings, self._folder)
             self._built.set_result(None)
             while not self._closed.is_set():
-                self._obey()
-                self._admit()
+                self._run_commands()
+                self._schedule()
                 if self._groups and not self._updating:
                     self._step()
                 if self._draining is not None and not self._running():
@@ -170,9 +171,9 @@ class Engine:
         finally:
             if self._llm is not None:
                 with contextlib.suppress(Exception):
-                    self._llm.engine_core.shutdown()
+                    shut_down(self._llm)
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         """All commands that have come; waits for one when there is nothing to sample."""
         can_begin = self._waiting and self._version is not None
         idle = self._updating or not (self._groups or can_begin)
@@ -199,7 +200,7 @@ class Engine:
             self._llm.wake_up(tags=[tag])
             self._asleep.discard(tag)
 
-    def _admit(self) -> None:
+    def _schedule(self) -> None:
         """Hands to vLLM what it can begin at once. What waits, waits here: under which weights a request begins is
         then known, and its cached prefix and images can be named by them."""
         if self._updating or self._draining is not None or self._version is None:

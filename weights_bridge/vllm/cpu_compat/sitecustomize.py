@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 _here = pathlib.Path(__file__).resolve()
-_spec = importlib.util.spec_from_file_location("_cuda_builds", _here.parents[1] / "cuda_builds.py")
+_spec = importlib.util.spec_from_file_location("_cuda_builds", _here.with_name("cuda_builds.py"))
 _cuda_builds = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_cuda_builds)
 _cuda_builds.tolerate()
