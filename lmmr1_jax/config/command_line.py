@@ -22,7 +22,7 @@ from typing import Any
 from lmmr1_jax.config import schema as config_module
 from lmmr1_jax.config.fields import checked, close_matches, describe_type, field_types
 from lmmr1_jax.config.schema import TrainConfig
-from lmmr1_jax.config.validate import check_ranges
+from lmmr1_jax.config.validate import check
 from lmmr1_jax.runtime.errors import UserError
 
 ALIASES = {"--resume": "--run.resume"}
@@ -49,7 +49,7 @@ def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.tra
     if wants_help:
         _tyro(["--help"], base, prog, quiet=False)
     config = _override(base, [(flag, value) for flag, value in given if flag != "--config"], kinds, prog)
-    check_ranges(config)
+    check(config)
     return config
 
 

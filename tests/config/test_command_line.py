@@ -1,14 +1,17 @@
 """A config is a file plus overrides; whatever is wrong in either is one line that names it."""
 
+import contextlib
 import dataclasses
+import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from lmmr1_jax.config.command_line import parse_train_config
-from lmmr1_jax.config.fields import checked, describe_type, field_types
+from lmmr1_jax.config.fields import check_ranges, checked, describe_type, field_types
 from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
@@ -195,6 +198,25 @@ def test_optional_fields_and_tuples_are_checked_too():
 )
 def test_values_that_no_run_can_use_are_one_line_that_names_the_field(argv, message):
     assert message_of(argv.split()).startswith(message)
+
+
+def test_a_files_values_have_the_same_ranges(tmp_path):
+    path = write(tmp_path, "config = TrainConfig(critic=CriticConfig(value_clip=-1.0))")
+    assert message_of(["--config", path]) == "critic.value_clip is -1.0; it must be at least 0"
+
+
+def test_no_field_takes_nan_and_only_limits_take_infinity():
+    floats = {name for name, kind in field_types(TrainConfig).items() if float in (kind, *typing.get_args(kind))}
+    taken = set()
+    for name in floats:
+        group, field = name.split(".")
+        for value in (math.nan, math.inf):
+            config = TrainConfig(**{group: dataclasses.replace(getattr(TrainConfig(), group), **{field: value})})
+            with contextlib.suppress(UserError):
+                check_ranges(config)
+                taken.add((name, value))
+    limits = "rollout.gap_warn rollout.gap_stop learner.max_grad_norm critic.max_grad_norm"
+    assert taken == {(name, math.inf) for name in limits.split()} and "algorithm.clip_low" in floats
 
 
 def test_help_shows_every_field_with_its_line_and_the_files_value(tmp_path, capsys):
