@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lmmr1_jax.config import renamed
 from lmmr1_jax.config.command_line import parse_train_config
 from lmmr1_jax.config.fields import check_ranges, checked, describe_type, field_types
 from lmmr1_jax.config.schema import TrainConfig
@@ -124,6 +125,28 @@ def test_wrong_flags_are_one_line_that_names_them(argv, parts):
     message = message_of(argv)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("old", renamed.FIELDS)
+def test_a_renamed_field_is_answered_by_its_name_now_as_flag_and_in_a_file(tmp_path, old):
+    assert old not in field_types(TrainConfig) and renamed.FIELDS[old] in field_types(TrainConfig)
+    flag, now = (f"--{name.replace('_', '-')}" for name in (old, renamed.FIELDS[old]))
+    assert message_of([flag, "1"]).startswith(f"{flag} is now {now}")
+    assert message_of([f"--{old}=1"]).startswith(f"--{old} is now {now}")
+    group, field = old.split(".")
+    owner = f"{group.capitalize()}Config"
+    path = write(tmp_path, f"config = TrainConfig({group}={owner}({field}=1))")
+    told = f"{owner} has no field {field!r}; it is now {renamed.field_now(old)!r}"
+    assert told in message_of(["--config", path])
+
+
+def test_a_renamed_field_whose_values_were_renamed_says_so():
+    expected = "--rollout.update is now --rollout.weight-update (between is now drain, within is in-flight)"
+    assert message_of(["--rollout.update", "within"]) == expected
+
+
+def test_a_config_file_that_moved_is_answered_by_where_it_is_now():
+    assert message_of(["--config", "configs/grpo.py"]) == "--config configs/grpo.py is now configs/demo/grpo.py"
 
 
 @pytest.mark.parametrize(
