@@ -153,7 +153,8 @@ class RewardsConfig:
     workers: Annotated[int, at_least(1)] = 2
     """Verifier processes."""
     verifier: str = "math"
-    """What makes an answer right: `math`, `number` (`number:0.05` allows 5 %), `choice` or `text`."""
+    """What makes an answer right: `math`, `number` (`number:0.05` allows 5 %), `choice`, `text`, or a function of your
+    own, FILE.py:FUNCTION."""
     verifiers: tuple[str, ...] = ()
     """Other verifiers for some data sources, each SOURCE=VERIFIER; a row's own (`data.verifier_key`) comes first."""
     functions: tuple[str, ...] = ()
@@ -182,11 +183,10 @@ class RewardsConfig:
 class AlgorithmConfig:
     """Where a field is None, the algorithm has it as its paper does: docs/algorithms.md has the table."""
 
-    name: Literal[
-        "ppo", "rloo", "rloo_lmm_r1", "reinforce_pp", "reinforce_pp_baseline", "grpo", "dr_grpo", "dapo", "gspo",
-        "cispo",
-    ] = "rloo"
-    """How rewards become advantages, and what the fields below are where they are None."""
+    name: str = "rloo"
+    """How rewards become advantages, which loss they weigh, and what the fields below are where they are None."""
+    file: str = ""
+    """Your own algorithm: a Python file that exports ALGORITHM (docs/algorithms.md); it needs no `name`."""
     loss: Literal["clip", "gspo", "cispo", "policy_gradient"] | None = None
     """The policy's surrogate: PPO's clip, GSPO's ratio of whole completions, CISPO's clipped weights, or REINFORCE."""
     clip_low: Annotated[float | None, at_least(0)] = None

@@ -72,7 +72,7 @@ class Step:
         self._judge = judge
         self._forced_length = forced_length
         self._told: dict[str, float] = {}
-        self._algorithm = registry.algorithm(config.algorithm.name)
+        self._algorithm = registry.algorithm(config.algorithm)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
 
     def sample(self, prompts: Sequence[EncodedPrompt], done: int) -> list[Rollout]:

@@ -112,7 +112,7 @@ def test_negative_numbers_empty_strings_and_equals_signs_are_values():
         (["--learner.learning-rate", "fast"], ["--learner.learning-rate", "'fast'", "a float"]),
         (["--run.seed", "1", "--run.steps", "1.5"], ["--run.steps", "'1.5'", "an int"]),
         (["--data.shuffle", "maybe"], ["--data.shuffle", "'maybe'", "True or False"]),
-        (["--algorithm.name", "ppoo"], ["--algorithm.name", "rloo, rloo_lmm_r1"]),
+        (["--algorithm.loss", "clipp"], ["--algorithm.loss", "clip, gspo"]),
         (["--run.seed"], ["--run.seed needs a value", "an int"]),
         (["--config"], ["--config needs a value"]),
         (["--config", "nowhere.py"], ["nowhere.py", "no such file"]),
