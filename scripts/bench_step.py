@@ -39,7 +39,7 @@ from lmmr1_jax.config.schema import (
     TrainConfig,
     VllmConfig,
 )
-from lmmr1_jax.config.validate import check_ranges
+from lmmr1_jax.config.validate import check
 from lmmr1_jax.data.prompt_set import read_prompts
 from lmmr1_jax.data.skips import SkipLog
 from lmmr1_jax.models.vision_batch import slots_needed
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             learning_rate=1e-6, remat=arguments.remat, logprob_chunk=arguments.logprob_chunk, rows=arguments.rows
         ),
     )
-    check_ranges(config)
+    check(config)
     check_sampler(config)
     with open_policy(config) as policy:
         result = measure(config, policy, arguments.steps)

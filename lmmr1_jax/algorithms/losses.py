@@ -14,7 +14,7 @@ from lmmr1_jax.algorithms.completion_sums import completion_sums
 from lmmr1_jax.algorithms.importance import importance_weights
 from lmmr1_jax.algorithms.kl import kl_per_token
 from lmmr1_jax.algorithms.loss_inputs import LossInputs, LossOutputs
-from lmmr1_jax.algorithms.policy_losses import POLICY_LOSSES
+from lmmr1_jax.algorithms.registry import policy_loss
 from lmmr1_jax.config.schema import AlgorithmConfig
 
 METRICS = ("loss/policy", "kl", "clip_fraction", "importance/mean", "importance/clipped", "entropy")
@@ -24,8 +24,9 @@ METRICS = ("loss/policy", "kl", "clip_fraction", "importance/mean", "importance/
 def loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
     """sum_t share_t (w_t policy_t + beta kl_t - entropy_bonus H_t).
 
-    share_t is the token's weight in the average (`token_shares`), policy_t one of `policy_losses`, and w_t corrects
-    that for the sampler (`importance_weights`).
+    share_t is the token's weight in the average (`token_shares`), policy_t the algorithm's surrogate or the
+    one that `algorithm.loss` names (`registry.policy_loss`), and w_t corrects that for the sampler
+    (`importance_weights`).
 
     Args:
       inputs: the micro-batch.
@@ -33,7 +34,7 @@ def loss(inputs: LossInputs, config: AlgorithmConfig) -> LossOutputs:
         for.
     """
     share = token_shares(inputs, config)
-    surrogate, held_back = POLICY_LOSSES[config.loss](inputs, config)
+    surrogate, held_back = policy_loss(config)(inputs, config)
     weight, cut = importance_weights(inputs.old_log_probs, inputs.sampler_log_probs, inputs.completion, config)
     policy = _sum(weight * surrogate, share)
     total, kl = policy, jnp.zeros_like(inputs.log_probs)

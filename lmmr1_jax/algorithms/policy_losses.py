@@ -1,25 +1,18 @@
-"""What a token's log-prob is weighed by: the surrogates of the policy gradient, one number per token.
+"""The surrogates of the policy gradient that several algorithms share: one number per token.
 
-Every one of them has the gradient -A_t grad log p_t where the ratio is 1, and differs in what holds it back when the
+Every surrogate has the gradient -A_t grad log p_t where the ratio is 1, and differs in what holds it back when the
 policy has moved away from the one that the ratio divides by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from lmmr1_jax.algorithms.completion_sums import completion_sums
+from lmmr1_jax.algorithms.algorithm import PerToken
 from lmmr1_jax.algorithms.loss_inputs import LossInputs
 from lmmr1_jax.config.schema import AlgorithmConfig
 
 _LOG_RATIO_LIMIT = 20.0
-
-PerToken = Float[Array, "rows slots"]
-PolicyLoss = Callable[[LossInputs, AlgorithmConfig], tuple[PerToken, PerToken]]
 
 
 def clip(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
@@ -33,33 +26,7 @@ def clip(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToke
 
     Returns the losses and where the clip holds back (1 or 0).
     """
-    return _clipped(_ratio(inputs.log_probs - inputs.old_log_probs), inputs, config)
-
-
-def gspo(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
-    """GSPO: the ratio of a whole completion, its length taken out (Zheng et al. 2025, arXiv:2507.18071).
-
-        s   = exp(mean over the completion of lp_t - old_t)
-        s_t = stopped(s) * p_t / stopped(p_t);  then as `clip`, with s_t for the ratio
-
-    s_t has the value of s and the gradient of s, spread over the tokens (its eq. 14, GSPO-token), so that advantages
-    may differ from token to token. With `aggregation sequence` this is eq. 5 of the paper.
-    """
-    log_ratio = jax.lax.stop_gradient(inputs.log_probs - inputs.old_log_probs)
-    length = completion_sums(inputs.mask, inputs.completion)
-    mean = completion_sums(log_ratio, inputs.completion) / jnp.maximum(length, 1.0)
-    moving = inputs.log_probs - jax.lax.stop_gradient(inputs.log_probs)
-    return _clipped(_ratio(mean + jnp.where(inputs.mask > 0, moving, 0.0)), inputs, config)
-
-
-def cispo(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
-    """CISPO: the ratio is clipped as a weight and no token loses its gradient (MiniMax-M1, arXiv:2506.13585, eq. 4).
-
-    loss_t = -stopped(clip(ratio_t, 1 - clip_low, 1 + clip_high)) A_t lp_t
-    """
-    ratio = jax.lax.stop_gradient(_ratio(inputs.log_probs - inputs.old_log_probs))
-    weight = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
-    return -weight * inputs.advantages * inputs.log_probs, (weight != ratio).astype(jnp.float32)
+    return clipped(ratio(inputs.log_probs - inputs.old_log_probs), inputs, config)
 
 
 def policy_gradient(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
@@ -67,20 +34,14 @@ def policy_gradient(inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerTok
     return -inputs.advantages * inputs.log_probs, jnp.zeros_like(inputs.log_probs)
 
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "clip": clip,
-    "gspo": gspo,
-    "cispo": cispo,
-    "policy_gradient": policy_gradient,
-}
-
-
-def _ratio(log_ratio: PerToken) -> PerToken:
-    # Far outside any clip range: a token whose probability collapsed gives a large number and not infinity.
+def ratio(log_ratio: PerToken) -> PerToken:
+    """exp(log_ratio), the exponent held within +-20: far outside any clip range, a token whose probability collapsed
+    gives a large number and not infinity."""
     return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
 
 
-def _clipped(ratio: PerToken, inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
+def clipped(ratio: PerToken, inputs: LossInputs, config: AlgorithmConfig) -> tuple[PerToken, PerToken]:
+    """`clip` with any ratio."""
     whole = ratio * inputs.advantages
     kept = jnp.minimum(whole, jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high) * inputs.advantages)
     if config.dual_clip:

@@ -1,4 +1,5 @@
-"""PPO's advantages from a critic's values: generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
+"""PPO (Schulman et al. 2017, arXiv:1707.06347): its clipped surrogate, with advantages from a critic's values by
+generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438).
 
     values per completion token  ->  advantages (in the rollouts) and returns (what the critic is fitted to)
 """
@@ -9,6 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lmmr1_jax.algorithms import shaping
+from lmmr1_jax.algorithms.algorithm import Algorithm
+from lmmr1_jax.algorithms.policy_losses import clip
 from lmmr1_jax.algorithms.shaping import (
     Tokens,
     completion_rewards,
@@ -75,6 +79,17 @@ def advantages_and_returns(
     if config.normalize_advantages == "batch":
         rows = normalise_tokens(rows, divide=config.normalize_std)
     return with_advantages(rollouts, rows), [returns.astype(np.float32) for _, returns in made]
+
+
+ALGORITHM = Algorithm(
+    "ppo",
+    advantages=advantages_and_returns,
+    loss=clip,
+    defaults={"normalize_advantages": "batch", "kl_estimator": "k1", "kl_placement": "reward"},
+    reads={*shaping.READS, "discount", "gae_lambda"},
+    smallest_group=1,
+    critic=True,
+)
 
 
 def critic_metrics(values: Sequence[Tokens], returns: Sequence[Tokens]) -> dict[str, float]:

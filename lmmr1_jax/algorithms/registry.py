@@ -1,103 +1,49 @@
-"""The algorithms by name, what each of them reads, and what a run must compute for them."""
+"""The algorithms by name, and what a run must compute for the one that its config chooses."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lmmr1_jax.algorithms import dr_grpo, grpo, ppo, reinforce_pp, reinforce_pp_baseline, rloo, rloo_lmm_r1
+from lmmr1_jax.algorithms import (
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    policy_losses,
+    ppo,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    rloo,
+    rloo_lmm_r1,
+)
+from lmmr1_jax.algorithms.algorithm import READ_BY_ADVANTAGES, READ_BY_LOSSES, Algorithm, PolicyLoss
 from lmmr1_jax.config.schema import AlgorithmConfig, CriticConfig, TrainConfig
 from lmmr1_jax.runtime.errors import UserError
-from lmmr1_jax.types.records import Rollout
+from lmmr1_jax.runtime.python_file import load_module
 
 _log = logging.getLogger(__name__)
 
-Advantages = Callable[[Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None], list[Rollout]]
-AdvantagesAndReturns = Callable[
-    [Sequence[Rollout], AlgorithmConfig, Sequence[np.ndarray] | None, Sequence[np.ndarray]],
-    tuple[list[Rollout], list[np.ndarray]],
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-    """A row of the table: how rewards become advantages, and what the config's fields are where they are None.
-
-    Attributes:
-      name: what `algorithm.name` says.
-      advantages: pure NumPy function over groups; its config is resolved. With a critic it takes the values of the
-        completions' tokens too, and gives the returns beside the rollouts.
-      smallest_group: completions per prompt that its baseline needs.
-      loss, clip (low and high), aggregation, normalize (advantages), kl (estimator and placement), reward_clip,
-        overlong (share), dynamic (sampling rounds): its own values of the fields.
-      critic: whether it has one.
-    """
-
-    name: str
-    advantages: Advantages | AdvantagesAndReturns
-    smallest_group: int
-    loss: str
-    clip: tuple[float, float]
-    aggregation: str
-    normalize: str
-    kl: tuple[str, str]
-    reward_clip: float | None = None
-    overlong: float = 0.0
-    dynamic: int = 0
-    critic: bool = False
-
-    @property
-    def own(self) -> dict[str, Any]:
-        """The fields that it fills in where the config has None."""
-        return {
-            "loss": self.loss,
-            "clip_low": self.clip[0],
-            "clip_high": self.clip[1],
-            "aggregation": self.aggregation,
-            "normalize_advantages": self.normalize,
-            "kl_estimator": self.kl[0],
-            "kl_placement": self.kl[1],
-            "reward_clip": self.reward_clip,
-            "overlong_share": self.overlong,
-            "dynamic_sampling_rounds": self.dynamic,
-        }
-
-
-_PPO, _DAPO, _GSPO, _CISPO = (0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4), (1.0, 4.0)
-_K1, _K2, _K3 = ("k1", "reward"), ("k2", "loss"), ("k3", "loss")
-_TABLE = (
-    #         name                     advantages                  group loss     clip    average     normalize KL
-    Algorithm("ppo",                   ppo.advantages_and_returns,       1, "clip",  _PPO,   "token",    "batch", _K1,
-              critic=True),
-    Algorithm("rloo",                  rloo.advantages,                  2, "clip",  _PPO,   "token",    "none",  _K1),
-    Algorithm("rloo_lmm_r1",           rloo_lmm_r1.advantages,           2, "clip",  _PPO,   "token",    "batch", _K1,
-              reward_clip=10.0),
-    Algorithm("reinforce_pp",          reinforce_pp.advantages,          1, "clip",  _PPO,   "token",    "batch", _K1),
-    Algorithm("reinforce_pp_baseline", reinforce_pp_baseline.advantages, 2, "clip",  _PPO,   "token",    "batch", _K2),
-    Algorithm("grpo",                  grpo.advantages,                  2, "clip",  _PPO,   "sequence", "group", _K3),
-    Algorithm("dr_grpo",               dr_grpo.advantages,               2, "clip",  _PPO,   "constant", "none",  _K3),
-    Algorithm("dapo",                  grpo.advantages,                  2, "clip",  _DAPO,  "token",    "group", _K3,
-              overlong=0.2, dynamic=4),
-    Algorithm("gspo",                  grpo.advantages,                  2, "gspo",  _GSPO,  "sequence", "group", _K3),
-    Algorithm("cispo",                 grpo.advantages,                  2, "cispo", _CISPO, "token",    "group", _K3),
-)  # fmt: skip
-ALGORITHMS: dict[str, Algorithm] = {a.name: a for a in _TABLE}
-
-# Fields that some algorithms do not read at all.
-_READ_BY = {
-    "discount": ("ppo", "rloo_lmm_r1", "reinforce_pp"),
-    "gae_lambda": ("ppo",),
-    "reward_clip": tuple(name for name in ALGORITHMS if name != "rloo"),
+_MODULES = (ppo, rloo, rloo_lmm_r1, reinforce_pp, reinforce_pp_baseline, grpo, dr_grpo, dapo, gspo, cispo)
+ALGORITHMS: dict[str, Algorithm] = {module.ALGORITHM.name: module.ALGORITHM for module in _MODULES}
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "clip": policy_losses.clip,
+    "gspo": gspo.gspo,
+    "cispo": cispo.cispo,
+    "policy_gradient": policy_losses.policy_gradient,
 }
+"""What `algorithm.loss` names."""
+
 # Fields that mean something only beside others: field, the other, the values of it that read the field, in words.
 _Read = tuple[str, str, Callable[[Any], bool], str]
 _READ_WITH: tuple[_Read, ...] = (
-    ("clip_low", "loss", lambda loss: loss != "policy_gradient", "another loss than policy_gradient"),
-    ("clip_high", "loss", lambda loss: loss != "policy_gradient", "another loss than policy_gradient"),
+    ("clip_low", "loss", lambda loss: loss in ("clip", "gspo", "cispo"), "another loss than policy_gradient"),
+    ("clip_high", "loss", lambda loss: loss in ("clip", "gspo", "cispo"), "another loss than policy_gradient"),
     ("dual_clip", "loss", lambda loss: loss in ("clip", "gspo"), "loss clip or gspo"),
     ("aggregation_length", "aggregation", lambda kind: kind == "constant", "aggregation constant"),
     ("normalize_std", "normalize_advantages", lambda scope: scope != "none", "normalize_advantages group or batch"),
@@ -110,18 +56,43 @@ _READ_WITH: tuple[_Read, ...] = (
 )
 
 
-def algorithm(name: str) -> Algorithm:
-    """The algorithm of that name; UserError that lists the names when there is none."""
-    if name not in ALGORITHMS:
-        raise UserError(f"algorithm.name is {name!r}; known are {', '.join(sorted(ALGORITHMS))}")
-    return ALGORITHMS[name]
+def algorithm(config: AlgorithmConfig) -> Algorithm:
+    """The algorithm that a config chooses.
+
+    Raises:
+      UserError: there is none of that name, or `algorithm.file` exports none or another.
+    """
+    if config.file:
+        own = _from_file(str(Path(config.file).resolve()))
+        if config.name not in (AlgorithmConfig.name, own.name):
+            raise UserError(
+                f"algorithm.name is {config.name!r}, but algorithm.file {config.file} has {own.name!r}; leave one of "
+                "them out"
+            )
+        return own
+    if config.name not in ALGORITHMS:
+        raise UserError(
+            f"algorithm.name is {config.name!r}; known are {', '.join(sorted(ALGORITHMS))}, and algorithm.file names a "
+            "file with another"
+        )
+    return ALGORITHMS[config.name]
+
+
+def policy_loss(config: AlgorithmConfig) -> PolicyLoss:
+    """The policy's surrogate: the one that `algorithm.loss` names, else the algorithm's own."""
+    loss = config.loss or algorithm(config).loss
+    return POLICY_LOSSES[loss] if isinstance(loss, str) else loss
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
-    """The config with the algorithm's own values where fields are None; the same again if they are filled in."""
-    given = config.algorithm
-    own = {name: value for name, value in algorithm(given.name).own.items() if getattr(given, name) is None}
-    filled = dataclasses.replace(given, **own)
+    """The config with the algorithm's own values where fields are None; the same again if they are filled in.
+
+    `algorithm.loss` stays None where the algorithm has a function of its own, which no name stands for.
+    """
+    given, chosen = config.algorithm, algorithm(config.algorithm)
+    own = {name: value for name, value in _own(chosen).items() if getattr(given, name) is None}
+    file = str(Path(given.file).resolve()) if given.file else ""
+    filled = dataclasses.replace(given, name=chosen.name, file=file, **own)
     if filled.aggregation == "constant" and filled.aggregation_length is None:
         filled = dataclasses.replace(filled, aggregation_length=config.rollout.max_new_tokens)
     return dataclasses.replace(config, algorithm=filled)
@@ -129,17 +100,22 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 def checked(config: TrainConfig) -> TrainConfig:
     """The resolved config; refuses, with a UserError, what the algorithm cannot do or would silently not read."""
-    chosen = algorithm(config.algorithm.name)
-    given, filled = config.algorithm, resolved(config).algorithm
-    for field, readers in _READ_BY.items():
-        if chosen.name not in readers and _is_set(given, field):
+    given, filled, chosen = config.algorithm, resolved(config).algorithm, algorithm(config.algorithm)
+    own = _own(chosen)
+
+    def is_set(field: str) -> bool:  # a value that the algorithm has anyway was written out, as in a run's config.json
+        return _is_set(given, field) and not (field in own and getattr(given, field) == own[field])
+
+    for field in READ_BY_ADVANTAGES:
+        if is_set(field) and field not in chosen.reads:
+            readers = [name for name, known in ALGORITHMS.items() if field in known.reads]
             raise UserError(
                 f"algorithm.{field} is set, but {chosen.name} does not read it (only {', '.join(readers)} "
                 f"{'do' if len(readers) > 1 else 'does'})"
             )
     for field, other, is_read, wanted in _READ_WITH:
-        is_own = getattr(given, field) == chosen.own.get(field)  # written out, as in the `config.json` of a run
-        if _is_set(given, field) and not is_own and not is_read(getattr(filled, other)):
+        reads_itself = field in READ_BY_LOSSES and filled.loss is None and field in chosen.reads
+        if is_set(field) and not reads_itself and not is_read(getattr(filled, other)):
             raise UserError(
                 f"algorithm.{field} is set, but nothing reads it while algorithm.{other} is "
                 f"{getattr(filled, other)!r}: it needs {wanted}"
@@ -187,7 +163,7 @@ def needs_reference(config: TrainConfig) -> bool:
 
 def needs_critic(config: TrainConfig) -> bool:
     """Whether values are learned beside the policy."""
-    return algorithm(config.algorithm.name).critic
+    return algorithm(config.algorithm).critic
 
 
 def needs_old(config: TrainConfig) -> bool:
@@ -198,6 +174,28 @@ def needs_old(config: TrainConfig) -> bool:
     """
     in_reward = needs_reference(config) and resolved(config).algorithm.kl_placement == "reward"
     return in_reward or updates_per_rollout(config) > 1
+
+
+def _own(chosen: Algorithm) -> dict[str, Any]:
+    """What the fields are where the config has None."""
+    names = {loss: name for name, loss in POLICY_LOSSES.items()}
+    return chosen.filled_in | {"loss": chosen.loss if isinstance(chosen.loss, str) else names.get(chosen.loss)}
+
+
+@functools.cache  # one file is one algorithm, whose loss is compiled once
+def _from_file(path: str) -> Algorithm:
+    try:
+        found = getattr(load_module(path), "ALGORITHM", None)
+    except ValueError as error:
+        raise UserError(f"algorithm.file {path}: {error}") from None
+    if not isinstance(found, Algorithm):
+        what = "no ALGORITHM" if found is None else f"an ALGORITHM of type {type(found).__name__}"
+        raise UserError(f"algorithm.file {path} exports {what}; it must export `ALGORITHM = Algorithm(...)`")
+    if found.name in ALGORITHMS:
+        raise UserError(f"algorithm.file {path}: {found.name!r} is the name of an algorithm that ships; choose another")
+    if isinstance(found.loss, str) and found.loss not in POLICY_LOSSES:
+        raise UserError(f"algorithm.file {path}: loss is {found.loss!r}; it must be one of {', '.join(POLICY_LOSSES)}")
+    return found
 
 
 def _check_critic(config: CriticConfig, chosen: Algorithm) -> None:

@@ -5,12 +5,13 @@
     R_t  -beta kl_t, and r' at the last token
     A_t  sum over s >= t of discount^(s - t) R_s, normalised over all tokens of the step if asked for
 
-An estimator is its baseline; what else it takes of this is in the table of `registry.py`.
+An algorithm is its baseline; what else it takes of this, its file says.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -23,6 +24,9 @@ from lmmr1_jax.types.records import Rollout
 Group = Float[np.ndarray, "group"]
 Tokens = Float[np.ndarray, "tokens"]
 
+READS = ("kl_placement", "normalize_advantages", "normalize_rewards", "normalize_std", "reward_clip")
+"""Fields that `shaped_advantages` reads, for `Algorithm.reads`; `discount` comes to them where it is asked for."""
+
 _STD_FLOOR = 1e-9
 _VARIANCE_FLOOR = 1e-8
 
@@ -30,10 +34,10 @@ _VARIANCE_FLOOR = 1e-8
 def shaped_advantages(
     rollouts: Sequence[Rollout],
     config: AlgorithmConfig,
-    log_ratios: Sequence[Tokens] | None,
-    baseline: Callable[[Group], Group],
+    log_ratios: Sequence[Tokens] | None = None,
     *,
-    discount: float = 1.0,
+    baseline: Callable[[Group], Group],
+    discounted: bool = False,
     kl_under_baseline: bool = False,
 ) -> list[Rollout]:
     """The rollouts with their advantages, float32, one per token; see the module's docstring for the formula.
@@ -41,11 +45,11 @@ def shaped_advantages(
     Args:
       rollouts: all groups of a step with their rewards. Groups may have any sizes, down to one and none.
       config: resolved; reads `kl_coefficient`, `kl_estimator`, `kl_placement`, `normalize_rewards`,
-        `normalize_advantages`, `normalize_std` and `reward_clip`.
+        `normalize_advantages`, `normalize_std`, `reward_clip` and, if asked for, `discount`.
       log_ratios: policy minus reference log-probs per completion, groups one after the other; needed when the KL is
         in the reward.
       baseline: a group's rewards with its baseline taken off.
-      discount: gamma.
+      discounted: sum rewards with `discount`, not with 1.
       kl_under_baseline: take the completion's whole KL off its reward before the baseline; then no token pays for
         its own.
     """
@@ -55,7 +59,7 @@ def shaped_advantages(
         whole = iter(kl.sum() for kl in kls)
         rewards = [group - config.kl_coefficient * np.asarray([next(whole) for _ in group]) for group in rewards]
         kls = [np.zeros_like(kl) for kl in kls]
-    kl = iter(kls)
+    kl, discount = iter(kls), config.discount if discounted else 1.0
     rows = []
     for group in rewards:
         shaped = baseline(group)
@@ -74,6 +78,10 @@ def less_the_mean(rewards: Group) -> Group:
     if rewards.size == 0 or (rewards == rewards[0]).all():
         return np.zeros_like(rewards)
     return rewards - rewards.mean()
+
+
+group_mean_advantages = functools.partial(shaped_advantages, baseline=less_the_mean)
+"""A_i = r_i - mean of its group, and what `normalize_advantages` makes of it; arguments as in `shaped_advantages`."""
 
 
 def returns(reward: float, kl: Tokens, coefficient: float, discount: float = 1.0) -> Tokens:

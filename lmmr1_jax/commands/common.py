@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmmr1_jax.config.renamed import FLAGS
 from lmmr1_jax.config.schema import (
     DataConfig,
     LearnerConfig,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 def parser(name: str, description: str) -> Parser:
     """A parser with the flags that all three commands take."""
-    flags = Parser(prog=f"python -m lmmr1_jax.{name}", description=description, allow_abbrev=False)
+    prog = f"python -m lmmr1_jax.{name}"
+    flags = Parser(prog=prog, description=description, allow_abbrev=False, renamed=FLAGS)
     flags.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
     flags.add_argument("--data", required=True, metavar="FILE", help="JSON, JSONL or parquet of prompts")
     flags.add_argument("--out", required=True, metavar="FILE", help="file to write")

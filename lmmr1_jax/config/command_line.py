@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lmmr1_jax.config import renamed
 from lmmr1_jax.config import schema as config_module
 from lmmr1_jax.config.fields import checked, close_matches, describe_type, field_types
 from lmmr1_jax.config.schema import TrainConfig
-from lmmr1_jax.config.validate import check_ranges
+from lmmr1_jax.config.validate import check
 from lmmr1_jax.runtime.errors import UserError
 
 ALIASES = {"--resume": "--run.resume"}
@@ -49,7 +50,7 @@ def parse_train_config(argv: Sequence[str], prog: str = "python -m lmmr1_jax.tra
     if wants_help:
         _tyro(["--help"], base, prog, quiet=False)
     config = _override(base, [(flag, value) for flag, value in given if flag != "--config"], kinds, prog)
-    check_ranges(config)
+    check(config)
     return config
 
 
@@ -60,6 +61,8 @@ def load_config_file(path: str | Path) -> TrainConfig:
       UserError: the file is missing, fails to run, exports no TrainConfig, or a field has the wrong type.
     """
     if not Path(path).is_file():
+        if moved := renamed.config_file_now(path):
+            raise UserError(f"--config {path} is now {moved}")
         raise UserError(f"--config {path}: there is no such file")
     neighbours = str(Path(path).resolve().parent)
     sys.path.insert(0, neighbours)
@@ -85,6 +88,8 @@ def _split_flags(argv: Sequence[str], kinds: dict[str, Any]) -> list[tuple[str, 
         if not flag.startswith("--"):
             raise UserError(f"unexpected argument {flag!r}: every value follows its flag, as in --run.seed 1")
         if name != "--config" and name not in kinds:
+            if now := renamed.flag_now(name):
+                raise UserError(f"{flag} is now {now}{renamed.values_now(name)}")
             known = [*kinds, "--config", *ALIASES]
             raise UserError(f"unknown flag {flag}{close_matches(name, known) or '; --help lists them all'}")
         if not equals:
@@ -164,6 +169,10 @@ def _reason(error: BaseException) -> str:
     misspelt = re.match(r"(?:(\w+)\.)?__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     owner = getattr(config_module, misspelt[1] or "", None) if misspelt else None
     if isinstance(owner, type):
+        groups = {kind: name for name, kind in typing.get_type_hints(TrainConfig).items()}
+        old = f"{groups.get(owner)}.{misspelt[2]}"
+        if now := renamed.field_now(old):
+            return f"{owner.__name__} has no field {misspelt[2]!r}; it is now {now!r}{renamed.values_now(old)}"
         known = list(field_types(owner)) if owner is not TrainConfig else list(owner.__dataclass_fields__)
         hint = close_matches(misspelt[2], known) or f"; its fields are {', '.join(known)}"
         return f"{owner.__name__} has no field {misspelt[2]!r}{hint}"

@@ -1,4 +1,4 @@
-"""The fields of a config, flattened to dotted names, and the check that a value has its field's type.
+"""The fields of a config, flattened to dotted names, and the checks that a value has its field's type and range.
 
 Dataclasses do not check what they are given, and a config file is Python: `learning_rate="1e-6"` would only be
 noticed deep inside the optimizer. Everything here is plain Python, without jax and without tyro.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
+from lmmr1_jax.config.ranges import ANY, Range
 from lmmr1_jax.runtime.errors import UserError
 
 Config = TypeVar("Config")
@@ -19,15 +22,25 @@ Config = TypeVar("Config")
 
 def field_types(config_class: type) -> dict[str, Any]:
     """The type of every leaf field, by its dotted name: {"run.dir": str, "learner.remat": Literal[...], ...}."""
-    hints = typing.get_type_hints(config_class)
-    leaves = {}
-    for field in dataclasses.fields(config_class):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            leaves |= {f"{field.name}.{name}": leaf for name, leaf in field_types(hint).items()}
-        else:
-            leaves[field.name] = hint
-    return leaves
+    return {name: typing.get_args(hint)[0] if _is_annotated(hint) else hint for name, hint in _leaves(config_class)}
+
+
+def field_ranges(config_class: type) -> dict[str, Range]:
+    """The range of every leaf field, by its dotted name; `ranges.ANY` for those that name none."""
+    found = {}
+    for name, hint in _leaves(config_class):
+        notes = typing.get_args(hint)[1:] if _is_annotated(hint) else ()
+        found[name] = next((note for note in notes if isinstance(note, Range)), ANY)
+    return found
+
+
+def check_ranges(config: Any) -> None:
+    """Raises UserError for the first number outside its field's range; it names the field, value and range."""
+    for name, allowed in field_ranges(type(config)).items():
+        value = functools.reduce(getattr, name.split("."), config)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and (wanted := allowed.missed_by(value)):
+            raise UserError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def describe_type(hint: Any) -> str:
@@ -102,6 +115,21 @@ def close_matches(word: str, known: typing.Iterable[str]) -> str:
         found += difflib.get_close_matches(word, known, n=3)
     found = list(dict.fromkeys(found))[:3]
     return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and annotation of every field that is no group of fields, with what `Annotated` adds to it."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    for field in dataclasses.fields(config_class):
+        hint, name = hints[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hint):
+            yield from _leaves(hint, f"{name}.")
+        else:
+            yield name, hint
+
+
+def _is_annotated(hint: Any) -> bool:
+    return typing.get_origin(hint) is Annotated
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -75,7 +75,7 @@ class Step:
         self.shapes: PackShapes | None = None
         self._rewards, self._progress = rewards, progress
         self._forced_length = forced_length
-        self._algorithm = registry.algorithm(config.algorithm.name)
+        self._algorithm = registry.algorithm(config.algorithm)
         self._reference = _in_compute_dtype(policy) if registry.needs_reference(config) else None
 
     def begin(self, prompts: Sequence[EncodedPrompt], done: int, again: int = 0) -> Callable[[], list[Rollout]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmmr1_jax.runtime.errors import UserError
@@ -12,6 +13,22 @@ from lmmr1_jax.runtime.errors import UserError
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line."""
+
+    def __init__(self, *args: Any, renamed: Mapping[str, str] | None = None, **settings: Any):
+        """
+        Args:
+          renamed: flags that there are no longer, and their names now.
+          args, settings: argparse's.
+        """
+        super().__init__(*args, **settings)
+        self._renamed = renamed or {}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        for word in sys.argv[1:] if args is None else args:  # first: else argparse asks for other flags instead
+            old = word.partition("=")[0]
+            if old in self._renamed:
+                raise UserError(f"{old} is now {self._renamed[old]}")
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see {self.prog} --help)")

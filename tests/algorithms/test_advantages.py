@@ -8,6 +8,7 @@ from lmmr1_jax.algorithms import ppo, rloo, shaping
 from lmmr1_jax.algorithms.registry import ALGORITHMS
 
 GOLDEN = [1.5, 0.5, 0.5, 0]
+RLOO = rloo.ALGORITHM
 WITHOUT_CRITIC = [name for name, algorithm in ALGORITHMS.items() if not algorithm.critic]
 
 
@@ -55,7 +56,7 @@ def test_a_group_without_variance_or_others_teaches_exactly_nothing(name):
 
 def test_every_token_of_a_completion_has_the_advantage_of_its_own_group():
     rollouts = [group(GOLDEN, [2, 1, 3, 1], "a"), group([1, 0], [1, 2], "b")]
-    first, second = rloo.advantages(rollouts, settings())
+    first, second = RLOO.advantages(rollouts, settings())
     assert [a.tolist() for a in second.advantages] == [[1.0], [-1.0, -1.0]]
     assert [a.size for a in first.advantages] == [2, 1, 3, 1]
     np.testing.assert_allclose(first.advantages[0], [7 / 6, 7 / 6], rtol=1e-6)
@@ -65,18 +66,18 @@ def test_every_token_of_a_completion_has_the_advantage_of_its_own_group():
 def test_published_rloo_puts_the_kl_under_the_baseline():
     config = settings(kl_coefficient=0.1)
     # whole rewards: 1 - 0.1 * (0.1 - 0.2 + 0.3) = 0.98 and 0 - 0.1 * 0.5 = -0.05; difference 1.03
-    (result,) = rloo.advantages([group([1, 0], [3, 1])], config, [np.array([0.1, -0.2, 0.3]), np.array([0.5])])
+    (result,) = RLOO.advantages([group([1, 0], [3, 1])], config, [np.array([0.1, -0.2, 0.3]), np.array([0.5])])
     np.testing.assert_allclose(result.advantages[0], [1.03] * 3, rtol=1e-6)
     np.testing.assert_allclose(result.advantages[1], [-1.03], rtol=1e-6)
 
 
 def test_kl_in_the_reward_without_log_probs_is_refused():
     with pytest.raises(ValueError, match="reference log-probs"):
-        rloo.advantages([group([1, 0], [3, 1])], settings(kl_coefficient=0.1))
+        RLOO.advantages([group([1, 0], [3, 1])], settings(kl_coefficient=0.1))
 
 
 def test_kl_in_the_loss_leaves_advantages_alone():
-    (result,) = rloo.advantages([group([1, 0], [1, 1])], settings(kl_coefficient=0.1, kl_placement="loss"))
+    (result,) = RLOO.advantages([group([1, 0], [1, 1])], settings(kl_coefficient=0.1, kl_placement="loss"))
     assert result.advantages[0].tolist() == [1.0]
 
 

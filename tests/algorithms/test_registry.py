@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,14 @@ def config(learner=None, rollout=None, **algorithm):
 def test_defaults_pass_and_what_they_stand_for_can_be_written_out(name):
     filled = registry.checked(config(name=name))
     assert registry.checked(filled) == filled == registry.resolved(config(name=name))
-    for field, value in registry.ALGORITHMS[name].own.items():
+    for field, value in registry.ALGORITHMS[name].filled_in.items():
         assert getattr(filled.algorithm, field) == value
+    assert registry.policy_loss(filled.algorithm) is registry.ALGORITHMS[name].loss
 
 
-def test_the_config_offers_exactly_the_algorithms_of_the_table():
-    assert field_types(AlgorithmConfig)["name"].__args__ == tuple(registry.ALGORITHMS)
+def test_the_config_names_exactly_the_losses_that_there_are():
+    names = typing.get_args(typing.get_args(field_types(AlgorithmConfig)["loss"])[0])
+    assert names == tuple(registry.POLICY_LOSSES)
 
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
@@ -135,6 +138,76 @@ def test_no_pass_is_made_that_nothing_needs():
     assert not registry.needs_old(config(name="grpo", kl_coefficient=0.1))
 
 
+OWN = """
+from lmmr1_jax.algorithms.algorithm import Algorithm
+
+def advantages(rollouts, config, log_ratios):
+    return rollouts
+
+def loss(inputs, config):
+    return inputs.log_probs, inputs.mask
+
+ALGORITHM = Algorithm("mine", advantages=advantages, loss=loss{})
+"""
+
+
+def own_file(folder, extra="", text=OWN):
+    (folder / "mine.py").write_text(text.replace("{}", extra))
+    return str(folder / "mine.py")
+
+
+def test_an_algorithm_of_a_file_needs_no_name_and_is_written_out_so_that_it_is_found_again(tmp_path, monkeypatch):
+    file = own_file(tmp_path, ", defaults={'clip_low': 0.3}, reads=['clip_low'], smallest_group=1")
+    monkeypatch.chdir(tmp_path)
+    filled = registry.checked(config(file="mine.py", rollout={"completions": 1}))
+    monkeypatch.chdir("/")
+    assert registry.checked(filled) == filled
+    own = filled.algorithm
+    assert (own.name, own.file, own.loss, own.clip_low, own.aggregation) == ("mine", file, None, 0.3, "token")
+    assert registry.policy_loss(own).__name__ == "loss" and registry.algorithm(own).advantages([1], own, None) == [1]
+    assert registry.policy_loss(registry.checked(config(file=file, loss="cispo")).algorithm).__name__ == "cispo"
+
+
+def test_an_algorithm_of_a_file_refuses_what_it_does_not_say_that_it_reads(tmp_path):
+    file = own_file(tmp_path, ", reads=['clip_low', 'normalize_rewards']")
+    registry.checked(config(file=file, clip_low=0.1, normalize_rewards="group"))
+    for fields, said in (
+        (dict(clip_high=0.1), "algorithm.clip_high is set, but nothing reads it while algorithm.loss is None"),
+        (dict(kl_coefficient=0.1, kl_placement="reward"), "algorithm.kl_placement is set, but mine does not read it"),
+        (dict(normalize_std=False), "algorithm.normalize_std is set, but mine does not read it"),
+    ):
+        with pytest.raises(UserError, match=said):
+            registry.checked(config(file=file, **fields))
+    with pytest.raises(UserError, match="rollout.completions is 1; mine"):
+        registry.checked(config(file=file, rollout={"completions": 1}))
+
+
+@pytest.mark.parametrize(
+    "text, name, said",
+    [
+        (None, "rloo", "mine.py: there is no such file"),
+        ("x = 1", "rloo", "mine.py exports no ALGORITHM; it must export `ALGORITHM = Algorithm"),
+        ("ALGORITHM = 3", "rloo", "mine.py exports an ALGORITHM of type int"),
+        ("x = 1\n1 / 0", "rloo", "mine.py: cannot be loaded: ZeroDivisionError: division by zero in line 2"),
+        ("def f(:", "rloo", "mine.py: cannot be loaded: SyntaxError"),
+        (OWN.replace('"mine"', '"grpo"'), "rloo", "mine.py: 'grpo' is the name of an algorithm that ships"),
+        (OWN.replace("loss=loss", "loss='clipp'"), "rloo", "loss is 'clipp'; it must be one of clip, gspo"),
+        (OWN.replace("loss=loss", "loss=3"), "rloo", "ValueError: loss is 3; it must be a function in line 10"),
+        (OWN.replace("{}", ", reads=['seed']"), "rloo", "reads has 'seed'; it may have discount"),
+        (OWN.replace("{}", ", defaults={'name': 1}"), "rloo", "defaults has 'name'; it may have clip_low"),
+        (OWN.replace("{}", ", defaults={'clip_low': '1'}"), "rloo", "clip_low is '1'; it must be a float"),
+        (OWN.replace("{}", ", defaults={'clip_low': -1.0}"), "rloo", "clip_low is -1.0; it must be at least 0"),
+        (OWN.replace("{}", ", defaults={'reward_clip': 1.0}"), "rloo", "'reward_clip', which its reads have not"),
+        (OWN, "ppo", "algorithm.name is 'ppo', but algorithm.file .*mine.py has 'mine'"),
+    ],
+)
+def test_a_faulty_file_of_an_algorithm_is_one_line_that_names_it(tmp_path, text, name, said):
+    file = str(tmp_path / "mine.py") if text is None else own_file(tmp_path, text=text)
+    with pytest.raises(UserError, match=said) as refused:
+        registry.checked(config(name=name, file=file))
+    assert "algorithm.file" in str(refused.value) and file in str(refused.value)
+
+
 def test_resolving_touches_nothing_but_the_algorithm():
     given = config(name="dapo", rollout={"prompts": 3})
     assert dataclasses.replace(registry.resolved(given), algorithm=given.algorithm) == given
@@ -147,8 +220,8 @@ def test_the_table_of_the_docs_says_what_the_registry_has():
     assert [name for name, *_ in rows] == list(registry.ALGORITHMS)
     for name, preset, rest in rows:
         _, loss, bounds, average, kl = (cell.strip() for cell in rest.split("|"))
-        own = registry.ALGORITHMS[name]
+        own = registry.resolved(config(name=name)).algorithm
         assert (loss, average) == (f"`{own.loss}`", f"`{own.aggregation}`")
-        assert tuple(float(bound) for bound in bounds.split(",")) == own.clip
-        assert kl.startswith(f"{own.kl[0]}, in the {own.kl[1]}")
+        assert tuple(float(bound) for bound in bounds.split(",")) == (own.clip_low, own.clip_high)
+        assert kl.startswith(f"{own.kl_estimator}, in the {own.kl_placement}")
         assert load_config_file(ROOT / preset).algorithm.name == name

@@ -1,14 +1,18 @@
 """A config is a file plus overrides; whatever is wrong in either is one line that names it."""
 
+import contextlib
 import dataclasses
+import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from lmmr1_jax.config import renamed
 from lmmr1_jax.config.command_line import parse_train_config
-from lmmr1_jax.config.fields import checked, describe_type, field_types
+from lmmr1_jax.config.fields import check_ranges, checked, describe_type, field_types
 from lmmr1_jax.config.schema import TrainConfig
 from lmmr1_jax.runtime.cli import run_cli
 from lmmr1_jax.runtime.errors import UserError
@@ -108,7 +112,7 @@ def test_negative_numbers_empty_strings_and_equals_signs_are_values():
         (["--learner.learning-rate", "fast"], ["--learner.learning-rate", "'fast'", "a float"]),
         (["--run.seed", "1", "--run.steps", "1.5"], ["--run.steps", "'1.5'", "an int"]),
         (["--data.shuffle", "maybe"], ["--data.shuffle", "'maybe'", "True or False"]),
-        (["--algorithm.name", "ppoo"], ["--algorithm.name", "rloo, rloo_lmm_r1"]),
+        (["--algorithm.loss", "clipp"], ["--algorithm.loss", "clip, gspo"]),
         (["--run.seed"], ["--run.seed needs a value", "an int"]),
         (["--config"], ["--config needs a value"]),
         (["--config", "nowhere.py"], ["nowhere.py", "no such file"]),
@@ -121,6 +125,28 @@ def test_wrong_flags_are_one_line_that_names_them(argv, parts):
     message = message_of(argv)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("old", renamed.FIELDS)
+def test_a_renamed_field_is_answered_by_its_name_now_as_flag_and_in_a_file(tmp_path, old):
+    assert old not in field_types(TrainConfig) and renamed.FIELDS[old] in field_types(TrainConfig)
+    flag, now = (f"--{name.replace('_', '-')}" for name in (old, renamed.FIELDS[old]))
+    assert message_of([flag, "1"]).startswith(f"{flag} is now {now}")
+    assert message_of([f"--{old}=1"]).startswith(f"--{old} is now {now}")
+    group, field = old.split(".")
+    owner = f"{group.capitalize()}Config"
+    path = write(tmp_path, f"config = TrainConfig({group}={owner}({field}=1))")
+    told = f"{owner} has no field {field!r}; it is now {renamed.field_now(old)!r}"
+    assert told in message_of(["--config", path])
+
+
+def test_a_renamed_field_whose_values_were_renamed_says_so():
+    expected = "--rollout.update is now --rollout.weight-update (between is now drain, within is in-flight)"
+    assert message_of(["--rollout.update", "within"]) == expected
+
+
+def test_a_config_file_that_moved_is_answered_by_where_it_is_now():
+    assert message_of(["--config", "configs/grpo.py"]) == "--config configs/grpo.py is now configs/demo/grpo.py"
 
 
 @pytest.mark.parametrize(
@@ -195,6 +221,25 @@ def test_optional_fields_and_tuples_are_checked_too():
 )
 def test_values_that_no_run_can_use_are_one_line_that_names_the_field(argv, message):
     assert message_of(argv.split()).startswith(message)
+
+
+def test_a_files_values_have_the_same_ranges(tmp_path):
+    path = write(tmp_path, "config = TrainConfig(critic=CriticConfig(value_clip=-1.0))")
+    assert message_of(["--config", path]) == "critic.value_clip is -1.0; it must be at least 0"
+
+
+def test_no_field_takes_nan_and_only_limits_take_infinity():
+    floats = {name for name, kind in field_types(TrainConfig).items() if float in (kind, *typing.get_args(kind))}
+    taken = set()
+    for name in floats:
+        group, field = name.split(".")
+        for value in (math.nan, math.inf):
+            config = TrainConfig(**{group: dataclasses.replace(getattr(TrainConfig(), group), **{field: value})})
+            with contextlib.suppress(UserError):
+                check_ranges(config)
+                taken.add((name, value))
+    limits = "rollout.gap_warn rollout.gap_stop learner.max_grad_norm critic.max_grad_norm"
+    assert taken == {(name, math.inf) for name in limits.split()} and "algorithm.clip_low" in floats
 
 
 def test_help_shows_every_field_with_its_line_and_the_files_value(tmp_path, capsys):

@@ -8,16 +8,14 @@ Nothing here imports jax.
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import inspect
 import math
 import os
 import signal
-import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from lmmr1_jax.runtime.python_file import load_module, place
 
 DEFAULT_NAME = "reward_func"
 
@@ -63,17 +61,7 @@ class RaisedError(Exception):
 
 def load(file: str, name: str) -> Callable[..., Any]:
     """The function of that name (`reward_func` where it is empty) in a file, which may import its neighbours."""
-    path = Path(file).resolve()
-    sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(f"reward_function_{path.stem}", path)
-    if spec is None:
-        raise ValueError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look it up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"cannot be loaded: {type(error).__name__}: {error}{place(file, error)}") from None
+    module = load_module(file)
     function = getattr(module, name or DEFAULT_NAME, None)
     if not callable(function):
         own = [key for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"]
@@ -141,15 +129,6 @@ def judged(returned: Any, count: int) -> Judged:
         parts |= {key: _finite(column[number], f"{key!r} of completion {number}") for key, column in extra.items()}
         rows.append((earned, parts))
     return rows
-
-
-def place(file: str, error: BaseException) -> str:
-    """The line of the file where an error came up: " in line 7", or nothing."""
-    if isinstance(error, SyntaxError):
-        return ""  # its text says so
-    names = (file, str(Path(file).resolve()))
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in names]
-    return f" in line {lines[-1]}" if lines else ""
 
 
 async def _result_of(awaitable: Any) -> Any:
