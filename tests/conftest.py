@@ -1,5 +1,14 @@
-"""transformers' models import torchvision, of which a CPU environment with vLLM may have the build for CUDA."""
+"""What all tests share: compiled programs, and a torchvision that a CPU environment with vLLM can import."""
 
-from weights_bridge.vllm.cpu_compat import cuda_builds
+import os
+from pathlib import Path
 
+# Processes of one test run compile the same programs; the next run finds them on disk. Before JAX is imported.
+PROGRAMS = Path(__file__).parents[1] / "build" / "compiled_for_tests"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+from weights_bridge.vllm.cpu_compat import cuda_builds  # noqa: E402
+
+# transformers' models import torchvision, whose build for CUDA may be what stands beside vLLM on a CPU.
 cuda_builds.tolerate()
