@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.rewards.rules.assignment import read_name
+from lmmr1_jax.rewards.rules.assignment import check_name, read_name
 from lmmr1_jax.rewards.rules.service import Verifier
 from lmmr1_jax.rewards.workers.pool import Inbox
 from lmmr1_jax.runtime.arguments import Parser, above_zero, count, finite, positive
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--max-requests", type=positive, default=defaults.requests, help="held at a time (512)")
     args = flags.parse_args(argv)
     try:
-        read_name(args.verifier)
+        check_name(args.verifier)
     except UserError as error:
         raise UserError(f"--verifier: {error}") from None
     limits = dataclasses.replace(

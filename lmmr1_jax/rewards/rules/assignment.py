@@ -1,6 +1,7 @@
 """Which verifier judges which problem: the row's own, else its data source's, else the run's.
 
-Names are checked here, before anything is loaded; what they mean stands in `verifiers.py`. Nothing here imports jax.
+Names are checked here, before anything is loaded; what they mean stands in `comparators.py`. A run's config may name a
+comparison of one's own, FILE.py:FUNCTION; rows and requests may not. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lmmr1_jax.config.schema import RewardsConfig
@@ -38,6 +40,29 @@ def read_name(name: str) -> tuple[str, float]:
     return kind, allowed
 
 
+def own_parts(name: str) -> tuple[str, str] | None:
+    """(file, function) of a verifier FILE.py:FUNCTION; None for another name."""
+    file, _, function = name.rpartition(":")
+    return (file, function) if file.endswith(".py") and function.isidentifier() else None
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where a config can't name this verifier: it doesn't exist, or its file doesn't."""
+    own = own_parts(name)
+    if own is None:
+        if name.partition(":")[0].endswith(".py"):
+            raise UserError(f"{name!r} names no function; one's own verifier is FILE.py:FUNCTION")
+        read_name(name)
+    elif not Path(own[0]).is_file():
+        raise UserError(f"{own[0]}: there is no such file")
+
+
+def own_verifiers(config: RewardsConfig) -> tuple[str, ...]:
+    """The verifiers FILE.py:FUNCTION that a config names, each once."""
+    names = [config.verifier, *by_source(config).values()]
+    return tuple(dict.fromkeys(name for name in names if own_parts(name)))
+
+
 def by_source(config: RewardsConfig) -> dict[str, str]:
     """The verifier of each data source that `rewards.verifiers` names.
 
@@ -53,7 +78,7 @@ def by_source(config: RewardsConfig) -> dict[str, str]:
                 raise UserError(f"rewards.verifiers: {source or name!r} {wrong}")
             chosen[source] = name
         try:
-            read_name(name)
+            check_name(name)
         except UserError as error:
             raise UserError(f"rewards.{field}: {error}") from None
         if config.variant == "lmm-r1" and name != "math":
@@ -74,9 +99,8 @@ def choose(prompts: Sequence[PromptT], config: RewardsConfig, verifier_key: str 
     for prompt in prompts:
         name = prompt.verifier or sources.get(prompt.data_source, config.verifier)
         try:
-            if prompt.verifier and config.variant == "lmm-r1" and read_name(name)[0] != "math":
+            if prompt.verifier and read_name(name)[0] != "math" and config.variant == "lmm-r1":
                 raise UserError("rewards.variant lmm-r1 judges everything by its own rules")
-            read_name(name)
         except UserError as error:
             raise UserError(
                 f"{prompt.file}: row {prompt.row} has {verifier_key!r} {name!r}: {error} "

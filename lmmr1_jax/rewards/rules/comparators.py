@@ -6,21 +6,27 @@
 | `number` | one number | it is one number and equal; `number:0.05` allows a relative difference of 5 % |
 | `choice` | an option, A to Z | it chooses this option and no other |
 | `text` | any text | it is the same text but for white space and a box around it |
+| `FILE.py:FUNCTION` | any text | the function, one's own, says so |
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 
 from lmmr1_jax.rewards.rules.answers import Answer, boxes_in, gold_answer, read_block, same, unfont
-from lmmr1_jax.rewards.rules.assignment import read_name
+from lmmr1_jax.rewards.rules.assignment import own_parts, read_name
+from lmmr1_jax.runtime.python_file import load_module
 
 
 def is_comparable(label: str, verifier: str = "math") -> bool:
     """Whether a gold answer is of the verifier's kind."""
+    if verifier in _own:
+        return bool(label.strip())
     kind, _ = read_name(verifier)
     if kind == "text":
         return bool(_plain(label))
@@ -32,11 +38,16 @@ def is_comparable(label: str, verifier: str = "math") -> bool:
     return gold.comparable
 
 
-def is_right(block: str, label: str, verifier: str = "math") -> bool:
-    """Whether the content of an answer block gives the gold answer; nothing does where that is not comparable."""
-    kind, tolerance = read_name(verifier)
+def is_right(block: str, label: str, verifier: str = "math") -> bool | float:
+    """Whether the content of an answer block gives the gold answer; nothing does where that is not comparable.
+
+    A function of one's own may say it by halves, from 0 to 1.
+    """
     if not is_comparable(label, verifier):
         return False
+    if verifier in _own:
+        return _share(_own[verifier](block, label), verifier)
+    kind, tolerance = read_name(verifier)
     if kind == "text":
         return _plain(block) == _plain(label)
     gold, answer = gold_answer(label), read_block(block)
@@ -46,6 +57,36 @@ def is_right(block: str, label: str, verifier: str = "math") -> bool:
     if kind == "choice":
         return option_in(gold) == option_in(answer)
     return same(gold, answer)
+
+
+_own: dict[str, Callable[[str, str], bool | float]] = {}
+
+
+def load_own(verifier: str) -> None:
+    """Loads the function of a verifier FILE.py:FUNCTION; this process knows the name from then on, and no other file.
+
+    Raises:
+      ValueError: the file can't be loaded, or has no such function; the text names the file.
+    """
+    file, name = own_parts(verifier)
+    try:
+        function = getattr(load_module(file), name, None)
+        if not callable(function):
+            raise ValueError(f"has no function {name!r}")
+        try:
+            inspect.signature(function).bind("answer", "gold")
+        except TypeError as error:
+            raise ValueError(f"{name} must take (answer, gold): {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    _own[verifier] = function
+
+
+def _share(returned: bool | float, verifier: str) -> float:
+    # Arrays of one number are fine; NaN compares as false.
+    if isinstance(returned, str | bytes) or returned is None or not 0 <= float(returned) <= 1:
+        raise ValueError(f"{verifier} returned {returned!r}; it must be True, False or a number from 0 to 1")
+    return float(returned)
 
 
 def option_in(answer: Answer) -> str | None:

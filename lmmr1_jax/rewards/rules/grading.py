@@ -1,6 +1,6 @@
 """The rules a completion is rewarded by: is it in the right form, and is its answer right.
 
-Two variants. `default` grades the `<answer>` block only, by the verifier that its problem names (`verifiers.py`), and
+Two variants. `default` grades the `<answer>` block only, by the verifier that its problem names (`comparators.py`), and
 allows white space between the blocks. `lmm-r1` is LMM-R1's own `math_verifier` (`lmm_r1.py`), which has one verifier.
 
 This runs on text that a model wrote, in processes that can be killed (`pool.py`): it imports neither jax nor anything
@@ -17,7 +17,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def grade(text: str, label: str, variant: str, prompt: str = "", verifier: str = "math") -> tuple[float, float]:
-    """(accuracy, format), each 0.0 or 1.0.
+    """(accuracy, format), each 0.0 or 1.0; a verifier of one's own may give an accuracy between the two.
 
     Args:
       text: the completion as it was decoded, with or without its end token.
@@ -25,7 +25,8 @@ def grade(text: str, label: str, variant: str, prompt: str = "", verifier: str =
       variant: "default" or "lmm-r1".
       prompt: the prompt as text. Only `lmm-r1` reads it, and only for an empty completion: LMM-R1 then grades the
         prompt itself, whose example holds a box with the answer 2.
-      verifier: "math", "number", "choice" or "text"; only `default` reads it.
+      verifier: "math", "number", "choice", "text", or one that `comparators.load_own` has loaded; only `default`
+        reads it.
     """
     for token in END_TOKENS:
         text = text.replace(token, "")
@@ -53,7 +54,7 @@ def has_form(text: str) -> bool:
     return bool(between[1]) and not between[0].strip()
 
 
-def is_right(text: str, label: str, verifier: str = "math") -> bool:
+def is_right(text: str, label: str, verifier: str = "math") -> bool | float:
     """Whether the last `<answer>` block gives the gold answer; a response without a closed one is wrong."""
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lmmr1_jax.config.schema import RewardsConfig
-from lmmr1_jax.rewards.workers.pool import Inbox, WorkerFailure, WorkerPool
+from lmmr1_jax.rewards.rules.assignment import own_verifiers
+from lmmr1_jax.rewards.workers.pool import Inbox, StartFailed, WorkerFailure, WorkerPool
+from lmmr1_jax.runtime.errors import UserError
 from lmmr1_jax.types.records import Reward
 
 
@@ -31,6 +33,7 @@ class Verifier:
         self.config = config
         self._pool = WorkerPool(
             "lmmr1_jax.rewards.rules.worker_job",
+            *own_verifiers(config),
             workers=config.workers,
             timeout=config.timeout,
             memory_bytes=memory_bytes,
@@ -60,13 +63,22 @@ class Verifier:
         return [self.reward(answer) for answer in self._pool.run(tasks, on_answer)]
 
     def parsable(self, labels: Sequence[str], verifiers: Sequence[str] | None = None) -> list[bool]:
-        """`rules.gold_is_parsable` for each, within the time limit: an answer that hangs the parser is none."""
+        """`rules.gold_is_parsable` for each, within the time limit: an answer that hangs the parser is none.
+
+        Raises:
+          UserError: a verifier of the config's own can't be loaded.
+        """
         verifiers = [""] * len(labels) if verifiers is None else verifiers
         tasks = [
             ("gold_is_parsable", (label, self.config.variant, name or self.config.verifier))
             for label, name in zip(labels, verifiers, strict=True)
         ]
-        return [answer is True for answer in self._pool.run(tasks)]
+        try:
+            return [answer is True for answer in self._pool.run(tasks)]
+        except StartFailed as error:
+            if own_verifiers(self.config):
+                raise UserError(f"rewards.verifier: {error}") from None
+            raise
 
     def task(self, text: str, label: str, prompt: str = "", verifier: str = "") -> tuple[str, tuple]:
         """What `serve`'s inbox takes for one completion; `reward` reads the answer."""

@@ -1,4 +1,8 @@
-"""The rules as a worker's job (`fork_server.py`): tasks are (name of a function of `rules`, its arguments)."""
+"""The rules as a worker's job (`fork_server.py`): tasks are (name of a function of `grading`, its arguments).
+
+The job's arguments are the verifiers FILE.py:FUNCTION of the run. They are loaded after the fork, once per worker: what
+a file imports or starts is the user's, and ends with the worker.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,20 @@ def prepare() -> None:
     gc.freeze()
 
 
-def begin() -> Callable[[tuple[str, tuple]], Any]:
-    """The function that answers tasks."""
+def begin(*own: str) -> Callable[[tuple[str, tuple]], Any]:
+    """The function that answers tasks.
+
+    Raises:
+      ValueError: one of `own` can't be loaded; the text is for the user.
+    """
     from lmmr1_jax.rewards.rules import grading as rules
+    from lmmr1_jax.rewards.rules.comparators import load_own
 
     with open(os.devnull, "w") as nowhere:  # parsers complain to the console
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
+    for verifier in own:
+        load_own(verifier)
 
     def answer_to(task: tuple[str, tuple]) -> Any:
         name, arguments = task
