@@ -72,8 +72,8 @@ def initial_head(seed: int, width: int) -> dict[str, Any]:
 
 def with_gradient_scaled(x: Array, weight: float) -> Array:
     """`x`, through which a gradient comes back multiplied by `weight`."""
-    still = jax.lax.stop_gradient(x)
-    return still + weight * (x - still)
+    frozen = jax.lax.stop_gradient(x)
+    return frozen + weight * (x - frozen)
 
 
 def optimizer_config(config: TrainConfig) -> LearnerConfig:
