@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.models.attention.xla import ATTENDED, NORMALIZER
-from lmmr1_jax.models.layers import Embedding, Linear, RMSNorm, Stack, inverse_frequencies, rotate
+from lmmr1_jax.models.layers import Embedding, Linear, RMSNorm, Stack, bind, inverse_frequencies, rotate
 from weights_bridge.architecture import TextConfig
 
 Rope = tuple[Float[Array, "*batch half"], Float[Array, "*batch half"]]
@@ -58,6 +62,16 @@ class DecoderLayer(nnx.Module):
         normed = self.mlp_norm(x)
         gate, up = checkpoint_name(self.gate(normed), "gate"), checkpoint_name(self.up(normed), "up")
         return x + self.down(jax.nn.silu(gate) * up)
+
+
+def bind_layer(params: Mapping[str, Any], config: TextConfig, dtype: jnp.dtype) -> DecoderLayer:
+    """A single layer with these parameters (unstacked; or tracers of them) in place."""
+    return bind(_layer_graphdef(config, jnp.dtype(dtype)), params)
+
+
+@functools.cache
+def _layer_graphdef(config: TextConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype=dtype)))[0]
 
 
 class Decoder(nnx.Module):

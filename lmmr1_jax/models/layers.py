@@ -6,6 +6,9 @@ layers in front of every shape. Matrix products run in the compute dtype, norms 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,11 @@ Stack = tuple[int, ...]
 def parameter(*shape: int) -> nnx.Param:
     """A float32 parameter; `Network.init` gives values, here it is only a shape."""
     return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def bind(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> Any:
+    """The module of this structure with these parameters (or tracers of them) in place."""
+    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, dict(params))))
 
 
 class Linear(nnx.Module):
@@ -50,9 +58,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return (normed.astype(x.dtype) * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: Float[Array, "... width"], scale: Float[Array, " width"], eps: float) -> Float[Array, "... width"]:
+    """What `RMSNorm` computes; in x's dtype (https://arxiv.org/abs/1910.07467)."""
+    x_f32 = x.astype(jnp.float32)
+    normed = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, -1, keepdims=True) + eps)
+    return (normed.astype(x.dtype) * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -64,8 +77,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
-        wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        x_f32 = x.astype(jnp.float32)
+        centred = x_f32 - jnp.mean(x_f32, -1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.eps)
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 

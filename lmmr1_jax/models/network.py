@@ -17,7 +17,6 @@ learner decides what that means.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -28,8 +27,9 @@ from jaxtyping import Array, Float, Int
 
 from lmmr1_jax.models.attention.backends import BACKENDS, Attend
 from lmmr1_jax.models.attention.mask import KeyIntervals
-from lmmr1_jax.models.decoder import SAVED, Decoder, DecoderLayer, Rope, rope_angles
+from lmmr1_jax.models.decoder import SAVED, Decoder, DecoderLayer, rope_angles
 from lmmr1_jax.models.families import family_of
+from lmmr1_jax.models.layers import bind
 from lmmr1_jax.types.batches import VisionBatch
 from weights_bridge.architecture import Architecture
 
@@ -79,10 +79,6 @@ class Transformer(nnx.Module):
             x = jnp.where(image_slots[..., None] >= 0, placed.astype(self.dtype), x)
         return self.constrain(x, ACTIVATION_AXES)
 
-    def rope(self, positions: Int[Array, "3 *batch"]) -> Rope:
-        """cos and sin, float32 `[*batch, head_dim / 2]`, for `DecoderLayer.project`."""
-        return rope_angles(positions, self.config.text)
-
     def hidden(
         self,
         x: Float[Array, "rows time embed"],
@@ -112,7 +108,7 @@ class Transformer(nnx.Module):
         return table.embedding[...]
 
     def _run(self, x, positions, mask: KeyIntervals, *, keep_cache: bool):
-        rope = self.rope(positions)
+        rope = rope_angles(positions, self.config.text)
         graphdef, stacked = nnx.split(self.language.layers)
 
         def body(x: Array, state: nnx.State):
@@ -161,15 +157,7 @@ class Network:
 
     def bind(self, params: Mapping[str, Any]) -> Transformer:
         """The modules with these parameters (or tracers of them) in place."""
-        return _merge(self.graphdef, params)
-
-    def bind_layer(self, params: Mapping[str, Any]) -> DecoderLayer:
-        """A single decoder layer with unstacked parameters, as `layer_params` gives them."""
-        return _merge(_layer_graphdef(self.config, self.compute_dtype), params)
-
-    def rope(self, positions: Int[Array, "3 *batch"]) -> Rope:
-        """cos and sin, float32 `[*batch, head_dim / 2]`, for `DecoderLayer.project`."""
-        return rope_angles(positions, self.config.text)
+        return bind(self.graphdef, params)
 
 
 def build(
@@ -195,20 +183,6 @@ def build(
     )
     graphdef, state = nnx.split(abstract)
     return Network(config, dtype, graphdef, nnx.to_pure_dict(state), attention)
-
-
-def layer_params(params: Mapping[str, Any], index: int) -> Params:
-    """Decoder layer `index` alone, its parameters unstacked."""
-    return jax.tree.map(lambda leaf: leaf[index], params["language"]["layers"])
-
-
-@functools.cache
-def _layer_graphdef(config: Architecture, dtype: jnp.dtype):
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config.text, dtype=dtype)))[0]
-
-
-def _merge(graphdef, params: Mapping[str, Any]):
-    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, dict(params))))
 
 
 def _init_leaf(name: str, leaf: jax.ShapeDtypeStruct, key: Array) -> Array:

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 import oracle  # noqa: E402
 
 from lmmr1_jax.models.attention.mask import KeyIntervals, causal_intervals  # noqa: E402
-from lmmr1_jax.models.network import build, layer_params  # noqa: E402
+from lmmr1_jax.models.network import build  # noqa: E402
 from lmmr1_jax.models.positions import prompt_positions  # noqa: E402
 from lmmr1_jax.models.vision_batch import pack_images  # noqa: E402
 from weights_bridge.config_json import read_architecture  # noqa: E402
@@ -189,35 +189,6 @@ def test_packed_rows_that_share_a_prompt_equal_separate_sequences_in_transformer
         theirs = oracle.hf_logits(model, [*prompt, *completion], **vision)
         assert np.abs(ours[start : start + prompt_length] - theirs[:prompt_length]).max() < TOLERANCE
         assert np.abs(ours[at : at + length] - theirs[prompt_length:]).max() < TOLERANCE
-
-
-def test_a_cached_step_through_single_layers_equals_the_whole_sequence():
-    from lmmr1_jax.models.attention.xla import attend
-
-    folder = oracle.random_model("qwen2_5_vl")
-    network, params = network_and_params(folder)
-    tokens = np.asarray(oracle.text_tokens(12, 4))[None]
-    positions = np.tile(np.arange(12), (3, 1, 1))
-    before, all_of_them = (causal_intervals(np.array([n]), n) for n in (11, 12))
-    seen_by_one = KeyIntervals(np.zeros((1, 12), np.int32), np.ones((1, 12), np.int32), causal=False)
-
-    @jax.jit
-    def both(params):
-        model = network.bind(params)
-        whole = model.hidden(model.embed(tokens), positions, all_of_them)
-        _, keys, values = model.prefill(model.embed(tokens[:, :-1]), positions[..., :-1], before)
-        x = model.embed(tokens[:, -1:])
-        rope = network.rope(positions[..., -1:])
-        for i in range(network.config.text.num_layers):
-            layer = network.bind_layer(layer_params(params, i))
-            q, k, v = layer.project(x, rope)
-            k, v = jnp.concatenate([keys[i], k], 1), jnp.concatenate([values[i], v], 1)
-            attended, _ = attend(q, k, v, seen_by_one)
-            x = layer.finish(x, attended)
-        return whole[:, -1:], model.language.norm(x)
-
-    whole, step = both(params)
-    np.testing.assert_allclose(whole, step, atol=1e-5)
 
 
 def test_remat_policies_change_neither_loss_nor_gradient():

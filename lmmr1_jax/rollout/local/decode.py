@@ -1,8 +1,8 @@
 """One token per step for a whole batch of groups: the decoder unrolled over its layers, with caches.
 
-A group's prompt is attended to by all its completions from one set of keys and values; each completion has keys and
-values of its own beside it. The two parts of attention share one softmax. Every step costs a fixed number of small
-operations, so their number is kept low: the query, key and value products are one, and so are gate and up.
+The layers are the model's own; only attention is written for a single token and its caches. A group's prompt is
+attended to by all its completions from one set of keys and values; each completion has keys and values of its own
+beside it. The two parts of attention share one softmax.
 
 P prompts, G completions of each, B = P * G rows; H query heads, K key heads, M = H / K, d = head_dim; T new tokens,
 L prompt tokens, V ids.
@@ -10,16 +10,17 @@ L prompt tokens, V ids.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lmmr1_jax.models.decoder import bind_layer, rope_angles
+from lmmr1_jax.models.layers import rms_norm
 from lmmr1_jax.rollout.local.draw import draw_tokens, most_probable_tokens
 from weights_bridge.architecture import TextConfig
-
-LayerWeights = dict[str, Array]
 
 
 class DecoderWeights(NamedTuple):
@@ -27,15 +28,14 @@ class DecoderWeights(NamedTuple):
 
     Attributes:
       embedding, head: `[V, D]`; the same array where they are tied.
-      norm: float32 `[D]`.
-      layers: for each layer `input_norm [D]`, `qkv [D, (H + 2K) d]`, `qkv_bias`, `output [H d, D]`, `mlp_norm [D]`,
-        `gate_up [D, 2F]`, `down [F, D]`; norms float32.
+      norm: `[D]`.
+      layers: the parameters of each layer, from `unstack_layers`.
     """
 
     embedding: Array
     head: Array
     norm: Array
-    layers: tuple[LayerWeights, ...]
+    layers: tuple[dict[str, Any], ...]
 
 
 class Request(NamedTuple):
@@ -61,18 +61,14 @@ class Request(NamedTuple):
     top_k: Int[Array, ""] | None = None
 
 
-def unstack_layers(layers: dict[str, Any], config: TextConfig, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """The stacked layers of `language/layers` as the `layers` of `DecoderWeights`."""
-    norms = {name: layers[name]["scale"].astype(jnp.float32) for name in ("input_norm", "mlp_norm")}
-    joined = {
-        "qkv": jnp.concatenate([layers[name]["kernel"] for name in ("query", "key", "value")], -1),
-        "qkv_bias": jnp.concatenate([layers[name]["bias"] for name in ("query", "key", "value")], -1),
-        "output": layers["output"]["kernel"],
-        "gate_up": jnp.concatenate([layers["gate"]["kernel"], layers["up"]["kernel"]], -1),
-        "down": layers["down"]["kernel"],
-    }
-    stacked = norms | {name: leaf.astype(dtype) for name, leaf in joined.items()}
-    return tuple({name: leaf[index] for name, leaf in stacked.items()} for index in range(config.num_layers))
+def unstack_layers(layers: dict[str, Any], config: TextConfig, dtype: jnp.dtype) -> tuple[dict[str, Any], ...]:
+    """The stacked layers of `language/layers` one by one, kernels and biases in `dtype`, norms as they are."""
+
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    stacked = jax.tree_util.tree_map_with_path(cast, layers)
+    return tuple(jax.tree.map(operator.itemgetter(index), stacked) for index in range(config.num_layers))
 
 
 def decode(
@@ -122,12 +118,16 @@ def decode(
         ended = jnp.any(token[:, None] == request.ends, 1).reshape(prompts, group)
         lengths = jnp.where((lengths == 0) & ended, step + 1, lengths)
         x = weights.embedding[token].astype(dtype)
-        rope = _rope(jnp.repeat(next_positions, group) + step, config)
+        # A completion's three positions are equal.
+        rope = rope_angles(jnp.broadcast_to(jnp.repeat(next_positions, group) + step, (3, batch)), config)
         new_caches = []
         for layer, cache, prompt_cache in zip(weights.layers, caches, prompt_caches, strict=True):
-            x, cache = _layer(layer, x, rope, step, cache, prompt_cache, prompt_bias, group, config)
+            bound = bind_layer(layer, config, dtype)
+            q, k, v = bound.project(x, rope)
+            attended, cache = _attend(q, k, v, step, cache, prompt_cache, prompt_bias, group)
+            x = bound.finish(x, attended)
             new_caches.append(cache)
-        return step + 1, _norm(x, weights.norm, config), tokens, log_probs, lengths, tuple(new_caches)
+        return step + 1, rms_norm(x, weights.norm, config.rms_norm_eps), tokens, log_probs, lengths, tuple(new_caches)
 
     state = (
         jnp.int32(0),
@@ -158,27 +158,6 @@ def _draw(head, hidden, uniforms, request: Request, greedy: bool):
     return draw_tokens(logits, uniforms, top_p=request.top_p, top_k=request.top_k)
 
 
-def _norm(x, scale, config: TextConfig):
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + config.rms_norm_eps)
-    return (normed * scale).astype(x.dtype)
-
-
-def _rope(positions: Int[Array, "B"], config: TextConfig):
-    """cos and sin, float32 `[B, 1, d]`. A completion's three positions are equal, so no sections are needed."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[:, None].astype(jnp.float32) / config.rope_theta**exponents
-    angles = jnp.concatenate([angles, angles], -1)[:, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x, rope):
-    cos, sin = rope
-    wide = x.astype(jnp.float32)
-    low, high = jnp.split(wide, 2, -1)
-    return wide * cos + jnp.concatenate([-high, low], -1) * sin
-
-
 def _empty_cache(prompts: int, group: int, new_tokens: int, config: TextConfig, dtype):
     """Keys `[P, K, G, d, T]` and values `[P, K, G, T, d]`: the layouts in which no product transposes them."""
     rows = (prompts, config.num_kv_heads, group)
@@ -186,20 +165,15 @@ def _empty_cache(prompts: int, group: int, new_tokens: int, config: TextConfig, 
     return tuple(jnp.zeros(shape, dtype) for shape in shapes)
 
 
-def _layer(weights, x, rope, step, cache, prompt_cache, prompt_bias, group: int, config: TextConfig):
-    """One decoder layer for one token of every row; returns `x` and the cache with the token's key and value."""
-    batch, dtype = x.shape[0], x.dtype
-    prompts = batch // group
-    heads, kv_heads, d = config.num_heads, config.num_kv_heads, config.head_dim
-    per_kv = heads // kv_heads
-    projected = _norm(x, weights["input_norm"], config) @ weights["qkv"] + weights["qkv_bias"]
-    projected = projected.reshape(batch, heads + 2 * kv_heads, d)
-    turned = _rotate(projected[:, : heads + kv_heads], rope)
-    query = (turned[:, :heads] * d**-0.5).astype(dtype).reshape(prompts, group, kv_heads, per_kv, d)
+def _attend(q, k, v, step, cache, prompt_cache, prompt_bias, group: int):
+    """Attention of one token of every row: `[B, H, d]`, and the cache with the token's key and value."""
+    (batch, heads, d), kv_heads, dtype = q.shape, k.shape[1], q.dtype
+    prompts, per_kv = batch // group, heads // kv_heads
+    query = (q * d**-0.5).astype(dtype).reshape(prompts, group, kv_heads, per_kv, d)
     query = jnp.swapaxes(query, 1, 2)  # [P, K, G, M, d]
-    by_head = lambda y: jnp.swapaxes(y.astype(dtype).reshape(prompts, group, kv_heads, d), 1, 2)  # noqa: E731
+    by_head = lambda y: jnp.swapaxes(y.reshape(prompts, group, kv_heads, d), 1, 2)  # noqa: E731
     keys, values = cache
-    new_key, new_value = by_head(turned[:, heads:]), by_head(projected[:, heads + kv_heads :])
+    new_key, new_value = by_head(k), by_head(v)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, new_key[..., None], step, 4)
     values = jax.lax.dynamic_update_slice_in_dim(values, new_value[..., None, :], step, 3)
     prompt_keys, prompt_values = prompt_cache
@@ -216,8 +190,4 @@ def _layer(weights, x, rope, step, cache, prompt_cache, prompt_bias, group: int,
     flat_weights = prompt_weights.astype(dtype).reshape(prompts, kv_heads, group * per_kv, -1)
     attended = product("pkql,pkld->pkqd", flat_weights, prompt_values).reshape(query.shape)
     attended = (attended + product("pkgmt,pkgtd->pkgmd", own_weights.astype(dtype), values)) / total
-    attended = jnp.swapaxes(attended, 1, 2).reshape(batch, heads * d).astype(dtype)
-    x = x + attended @ weights["output"]
-
-    gate, up = jnp.split(_norm(x, weights["mlp_norm"], config) @ weights["gate_up"], 2, -1)
-    return x + (jax.nn.silu(gate) * up) @ weights["down"], (keys, values)
+    return jnp.swapaxes(attended, 1, 2).reshape(batch, heads, d).astype(dtype), (keys, values)
