@@ -46,7 +46,7 @@ def test_an_algorithm_of_ones_own_trains_with_its_advantages_and_its_loss(tmp_pa
     records = lines(folder / "metrics.jsonl")
     assert len(records) == 2
     for record in records:  # half of 3, and the learner is on its policy
-        assert abs(record["loss/policy"] - 1.5) < 1e-5 and record["clip_fraction"] == 1
+        assert abs(record["loss/policy"] - 1.5) < 1e-5 and abs(record["clip_fraction"] - 1) < 1e-5
         assert record["grad_norm"] > 0
     described = json.loads((folder / "config.json").read_text())["algorithm"]
     assert (described["name"], described["file"]) == ("flat", str(tmp_path / "flat.py"))
