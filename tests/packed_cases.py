@@ -49,8 +49,8 @@ def hf_config(*, vision: bool = True, tied: bool = True) -> dict:
     }  # fmt: skip
 
 
-def network(config: Architecture, remat: str = "none", constrain=None) -> Network:
-    return build(config, remat=remat, **({} if constrain is None else {"constrain": constrain}))
+def network(config: Architecture, remat: str = "none", constrain=None, compute_dtype=jnp.float32) -> Network:
+    return build(config, compute_dtype, remat, **({} if constrain is None else {"constrain": constrain}))
 
 
 def random_params(net: Network, seed: int = 0):

@@ -20,7 +20,7 @@ TEMPERATURE = 0.7
 
 
 @functools.cache
-def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, **options):
+def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, compute_dtype=jnp.float32, **options):
     """One for each set of options, so that tests share compiled programs."""
     raw, *_ = setting(vision)
     config = TrainConfig(
@@ -29,7 +29,7 @@ def learner(vision=False, freeze_vision=False, remat="none", algorithm=None, **o
         algorithm=algorithm or AlgorithmConfig(importance="none"),
         learner=LearnerConfig(**({"learning_rate": 0.01, "logprob_chunk": 16} | options)),
     )
-    network = cases.network(parse_architecture(raw), remat)
+    network = cases.network(parse_architecture(raw), remat, compute_dtype=compute_dtype)
     mesh = make_mesh(MeshConfig(1, 1, 1))
     return assemble_learner(
         config, network, logical_axes(layout(network.config)), mesh, 10, banned_ids=cases.BANNED
@@ -257,3 +257,17 @@ def test_an_entropy_bonus_raises_the_entropy():
     state, before = ours.update(ours.init_state(copy(params)), batch)
     _, after = ours.update(state, batch)
     assert after["entropy"] > before["entropy"] + 1e-3
+
+
+def test_an_update_in_bfloat16_follows_the_float32_gradient():
+    _, config, _, params, rollouts = setting(True)
+    batch = cases.pack_by_hand(rollouts, config, rows=2)
+    ours = learner(True, compute_dtype=jnp.bfloat16)
+    gradients, _ = ours.gradients(params, batch)
+    flat, exact = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (gradients, expected(True)))
+    assert flat.dtype == np.float32
+    assert 0 < np.linalg.norm(flat - exact) < 0.05 * np.linalg.norm(exact)
+    state, metrics = ours.update(ours.init_state(jax.tree.map(jnp.copy, params)), batch)
+    assert metrics["skipped_updates"] == 0 and np.isfinite(metrics["loss/policy"])
+    for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(state.params), strict=True):
+        assert after.dtype == jnp.float32 and np.any(before != after)
