@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import packed_cases as cases
 import pytest
-from lmmr1_jax.models.config import parse_config
 
 from lmmr1_jax.config.schema import MeshConfig
 from lmmr1_jax.models.packed_forward import micro_batch, response_hidden
 from lmmr1_jax.parallel.sharding import make_mesh
+from weights_bridge.config_json import parse_architecture
 
 
 @pytest.mark.parametrize("vision", [True, False])
 def test_bfloat16_hidden_states_stay_near_the_float32_ones(vision):
-    config = parse_config(cases.hf_config(vision=vision, tied=vision))
+    config = parse_architecture(cases.hf_config(vision=vision, tied=vision))
     batch = cases.pack_by_hand(cases.random_rollouts(config), config, rows=4)
     mesh = make_mesh(MeshConfig(1, 1, 1))
     hidden = {}

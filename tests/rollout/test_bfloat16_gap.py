@@ -6,7 +6,6 @@ import numpy as np
 import packed_cases as cases
 import pytest
 import random_checkpoint
-from lmmr1_jax.models.config import read_config
 
 from lmmr1_jax.config.schema import LearnerConfig, MeshConfig
 from lmmr1_jax.data.processor import Processor
@@ -14,10 +13,12 @@ from lmmr1_jax.models.network import build
 from lmmr1_jax.models.packed_forward import SamplingDistribution, micro_batch, response_log_probs
 from lmmr1_jax.packing.pack import gather, pack, plan_shapes
 from lmmr1_jax.parallel.sharding import make_mesh
+from lmmr1_jax.rollout.loaded_model import TINY_MODEL
 from lmmr1_jax.rollout.local.sampler import JaxSampler, sampling_key
-from lmmr1_jax.run.policy import TINY_MODEL
+from lmmr1_jax.rollout.sampler import SamplingSettings, sample
 from lmmr1_jax.tasks.shapes import shape_prompts
 from lmmr1_jax.types.records import Rollout
+from weights_bridge.config_json import read_architecture
 from weights_bridge.load import load
 
 NEW_TOKENS = 24
@@ -39,18 +40,18 @@ def random_text_model(tmp_path):
         for name, tensor in random_checkpoint.random_tensors(config).items()
     }
     folder = random_checkpoint.write_checkpoint(tmp_path / "random", config, tensors)
-    prompts = [cases.encoded_prompt(read_config(folder), name, 5 + 9 * name) for name in range(4)]
+    prompts = [cases.encoded_prompt(read_architecture(folder), name, 5 + 9 * name) for name in range(4)]
     return folder, prompts, cases.patches_of, cases.BANNED, (3,)
 
 
 @pytest.mark.parametrize("setting", [shipped, random_text_model])
 def test_the_gap_at_equal_weights_is_rounding(setting, tmp_path):
     folder, prompts, patches_of, banned, ends = setting(tmp_path)
-    network = build(read_config(folder), jnp.bfloat16)
+    network = build(read_architecture(folder), jnp.bfloat16)
     params, vision = load(folder), network.config.vision
     sampler = JaxSampler(network, banned_ids=banned, end_ids=ends, patches_of=patches_of)
-    sampler.load(params)
-    groups = sampler.sample(prompts, 4, max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0))
+    sampler.load(params, 0)
+    groups = sample(sampler, prompts, 4, SamplingSettings(max_new_tokens=NEW_TOKENS, key=sampling_key(0, 0)))
     rollouts = [Rollout(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
     shapes = plan_shapes(
         rollouts, learner=LearnerConfig(), max_new_tokens=NEW_TOKENS, vision=vision, tokens_per_device=1 << 14
