@@ -10,9 +10,10 @@ too. `PackedBatch`, which does, is in `batches.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # a reward server knows these types and computes nothing
+    import numpy as np
 
 FINISH_STOP, FINISH_LENGTH, FINISH_ABORT = "stop", "length", "abort"
 

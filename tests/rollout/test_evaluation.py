@@ -22,7 +22,7 @@ class Sampler:
     def submit(self, prompts, n, settings):
         return prompts, n
 
-    def collect(self, handle):
+    def collect(self, handle, progress):
         encoded, n = handle
         one = lambda i: Completion(np.array([i], np.int32), np.zeros(1, np.float32), "stop", np.zeros(1, np.int32))  # noqa: E731
         return [tuple(one(i) for i in range(n)) for _ in encoded]
