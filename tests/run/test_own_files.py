@@ -37,21 +37,27 @@ ALGORITHM = Algorithm("flat", advantages=advantages, loss=loss, smallest_group=1
 """
 
 
-def test_an_algorithm_of_ones_own_trains_with_its_advantages_and_its_loss(tmp_path):
+VERIFIER = """
+def half(answer: str, gold: str) -> float:
+    return 0.25
+"""
+
+
+def test_an_algorithm_and_a_verifier_of_ones_own_train_a_run(tmp_path):
     (tmp_path / "flat.py").write_text(ALGORITHM)
+    (tmp_path / "own.py").write_text(VERIFIER)
     folder = tmp_path / "run"
-    flags = (*SMALL, "--algorithm.file", str(tmp_path / "flat.py"), "--algorithm.importance", "none")
-    done = whole_runs.train(folder, *flags)
+    own = ("--algorithm.file", str(tmp_path / "flat.py"), "--rewards.verifier", f"{tmp_path / 'own.py'}:half")
+    done = whole_runs.train(folder, *SMALL, *own, "--algorithm.importance", "none")
     assert done.returncode == 0 and not done.stderr, done.stderr[-3000:]
     records = lines(folder / "metrics.jsonl")
     assert len(records) == 2
     for record in records:  # half of 3, and the learner is on its policy
         assert abs(record["loss/policy"] - 1.5) < 1e-5 and abs(record["clip_fraction"] - 1) < 1e-5
         assert record["grad_norm"] > 0
+        assert 0 < record["reward/accuracy"] <= 0.25 and record["reward/faults"] == 0
     described = json.loads((folder / "config.json").read_text())["algorithm"]
     assert (described["name"], described["file"]) == ("flat", str(tmp_path / "flat.py"))
-    again = whole_runs.train(folder, *flags, "--resume", "--run.steps", "3")
-    assert again.returncode == 0 and len(lines(folder / "metrics.jsonl")) == 3, again.stderr[-3000:]
 
 
 def test_a_file_without_an_algorithm_is_refused_in_one_line_before_a_folder_is_made(tmp_path):
@@ -59,12 +65,3 @@ def test_a_file_without_an_algorithm_is_refused_in_one_line_before_a_folder_is_m
     done = whole_runs.train(tmp_path / "run", *SMALL, "--algorithm.file", str(tmp_path / "empty.py"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert "empty.py exports no ALGORITHM" in done.stderr and not Path(tmp_path / "run").exists()
-
-
-def test_a_verifier_of_ones_own_judges_a_run(tmp_path):
-    (tmp_path / "own.py").write_text("def half(answer: str, gold: str) -> float:\n    return 0.25\n")
-    flags = ("--rewards.verifier", f"{tmp_path / 'own.py'}:half", "--run.steps", "1", "--eval.size", "8")
-    done = whole_runs.train(tmp_path / "run", *SMALL, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (record,) = lines(tmp_path / "run" / "metrics.jsonl")
-    assert 0 < record["reward/accuracy"] <= 0.25 and record["reward/faults"] == 0
