@@ -7,6 +7,7 @@ NO_MESSAGE = "no_message"
 NO_ANSWER = "no_answer"
 UNPARSABLE_ANSWER = "unparsable_answer"
 SPECIAL_TOKEN_IN_TEXT = "special_token_in_text"
+TEMPLATE_FAILED = "template_failed"
 MISSING_IMAGE = "missing_image"
 BROKEN_IMAGE = "broken_image"
 EXTREME_IMAGE = "extreme_image"
@@ -21,6 +22,7 @@ REASONS = (
     NO_ANSWER,
     UNPARSABLE_ANSWER,
     SPECIAL_TOKEN_IN_TEXT,
+    TEMPLATE_FAILED,
     MISSING_IMAGE,
     BROKEN_IMAGE,
     EXTREME_IMAGE,

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 
 from lmmr1_jax.data.faults import (
     IMAGE_IN_TEXT_MODEL,
-    NO_MESSAGE,
     PROMPT_TOO_LONG,
+    TEMPLATE_FAILED,
     TOO_MANY_IMAGES,
     SkipPrompt,
 )
@@ -153,7 +153,7 @@ class Processor:
                     list(messages), chat_template=self._template, tokenize=False, add_generation_prompt=True
                 )
             except Exception as error:  # a template may refuse roles or their order; it is a program of its own
-                raise SkipPrompt(NO_MESSAGE, f"the chat template refuses the messages: {error}") from None
+                raise SkipPrompt(TEMPLATE_FAILED, f"the chat template refuses the messages: {error}") from None
         return self.encode_text(text).astype(np.int64)
 
     def _refuse_length(self, tokens: int) -> None:

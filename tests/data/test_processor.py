@@ -160,7 +160,7 @@ def test_an_image_that_cannot_be_had_skips_its_prompt(processor, folder):
 def test_messages_that_the_template_refuses_skip_their_prompt(tmp_path, folder):
     model_folder = shutil.copytree(oracle.random_model("qwen2"), tmp_path / "model")
     (model_folder / "chat_template.jinja").write_text("{{ raise_exception('only users, please') }}")
-    assert reason(Processor(model_folder), "hello", folder) == "no_message"
+    assert reason(Processor(model_folder), "hello", folder) == "template_failed"
 
 
 def test_an_older_folder_keeps_its_template_in_json(tmp_path, folder):
