@@ -2,9 +2,9 @@
 
 Comparing an engine with itself, or with the learner at a single version, would not do: vLLM can go on with a tied
 head that is as old as its start, with image features of a vision tower that is no more, and with statistics of
-pixels that no checkpoint holds. So there is a model of every family, tied and untied heads, prompts with and
-without images, and, after the fifth update, three that had no part in any of it: an engine that is given the last weights
-and no others, vLLM with its own loader over the exported checkpoint, and transformers.
+pixels that no checkpoint holds. So there is a model of every family, tied and untied heads, prompts with and without
+images, and, after the fifth update, three that had no part in any of it: an engine that is given the last weights and
+no others, vLLM with its own loader over the exported checkpoint, and transformers.
 """
 
 import dataclasses

@@ -62,7 +62,7 @@ def test_packing_leaves_loss_and_gradient_alone(options, at_least):
         assert not batch.vision.high[held].any((1, 2)).all()
     gradients, metrics = learner.gradients(params, batch)
     cases.assert_gradients_close(gradients, expected)
-    weights = np.minimum(np.exp([gap.sum() for gap in _gaps(learner, params, rollouts)]), 2.0)
+    weights = np.minimum(np.exp([gap.sum() for gap in _gaps(net, params, rollouts)]), 2.0)
     advantages = [a for r in rollouts for a in r.advantages]
     tokens = sum(a.size for a in advantages)
     weighted = sum(w * a.sum() for w, a in zip(weights, advantages, strict=True))
@@ -70,10 +70,10 @@ def test_packing_leaves_loss_and_gradient_alone(options, at_least):
     assert 0 < metrics["importance/clipped"] < 1
 
 
-def _gaps(learner, params, rollouts):
+def _gaps(net, params, rollouts):
     """Policy less sampler log-probs of every completion's tokens, computed without packing."""
-    inputs = cases.oracle_inputs(learner.network.config, rollouts)
-    dense = np.asarray(cases.oracle_log_probs(learner.network, params, inputs))
+    inputs = cases.oracle_inputs(net.config, rollouts)
+    dense = np.asarray(cases.oracle_log_probs(net, params, inputs))
     rows = zip(dense - inputs["sampler"], inputs["taken"], strict=True)
     return [gap[taken] for gap, taken in rows]
 
@@ -87,7 +87,7 @@ def shared_ratios():
     )
     config = TrainConfig(algorithm=algorithm, learner=LearnerConfig(logprob_chunk=32, epochs=2))
     learner = learner_of(net, config)
-    dense = [gap.astype(np.float32) for gap in _gaps(learner, params, rollouts)]
+    dense = [gap.astype(np.float32) for gap in _gaps(net, params, rollouts)]
     sampler = [c.log_probs for r in rollouts for c in r.completions]
     rng = np.random.default_rng(2)
     policy = [g + s for g, s in zip(dense, sampler, strict=True)]

@@ -8,6 +8,7 @@ import pytest
 from random_checkpoint import config_of, random_tensors, write_checkpoint
 
 from lmmr1_jax.models import families
+from lmmr1_jax.models.attention.mask import causal_intervals
 from lmmr1_jax.models.network import build
 from lmmr1_jax.models.positions import prompt_positions
 from lmmr1_jax.runtime.errors import UserError
@@ -25,8 +26,8 @@ def logits(folder) -> np.ndarray:
 
     @jax.jit
     def compute(params):
-        model, segments = network.bind(params), np.ones((1, len(tokens)), np.int32)
-        hidden = model.hidden(model.embed(tokens[None]), positions[:, None], segments, segments)
+        model, mask = network.bind(params), causal_intervals(np.asarray([len(tokens)]), len(tokens))
+        hidden = model.hidden(model.embed(tokens[None]), positions[:, None], mask)
         return hidden @ model.head_embedding().T
 
     return np.asarray(compute(params))

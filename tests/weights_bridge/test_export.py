@@ -134,7 +134,7 @@ DEVICES_SCRIPT = """
     import jax
     import numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
-    from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, write_checkpoint
+    from random_checkpoint import CASES, bfloat16, config_of, joined, random_tensors, same_bits, table, write_checkpoint
     from safetensors.numpy import load_file
 
     from weights_bridge.export import export
