@@ -149,12 +149,16 @@ class JaxSampler:
 
         Raises:
           RuntimeError: there are no weights, because none were loaded yet, or none since `sleep` or `release_params`.
+          ValueError: a temperature without a key.
         """
         encoded, n, settings = handle.prompts, handle.n, handle.settings
         if self._params is None or self._weights is None:
             raise RuntimeError("the sampler has no weights: load them before sampling, and again after it slept")
         if not encoded:
             return []
+        if settings.key is None and settings.temperature > 0:
+            raise ValueError("the built-in sampler draws from SamplingSettings.key: give it one, or temperature 0")
+        key = sampling_key(0, 0) if settings.key is None else settings.key
         multiple, vision = self._row_multiple, self.network.config.vision
         group = min(n, self._max_sequences)
         parts = self._parts(encoded, group)
@@ -167,7 +171,7 @@ class JaxSampler:
         for part, part_hashes in zip(parts, hashes, strict=True):
             batch = batch_prompts(part, self.shapes, vision, self._patches_of, rows=padded)
             prompt = self._prefill(self._params, self._put(batch))
-            keys = _completion_keys(settings.key, np.resize(part_hashes, padded), n)
+            keys = _completion_keys(key, np.resize(part_hashes, padded), n)
             drawn = []
             for at in range(0, n, group):
                 part_keys = keys[:, at : at + group]
